@@ -1,0 +1,348 @@
+"""A run's folder: its files, written so that a kill at any moment leaves the last complete checkpoint, and read only
+when whole.
+
+    config.json  tokenizer.json  metrics.jsonl
+    checkpoints/00000500/  model.safetensors  optimizer.safetensors  state.json  manifest.json
+
+A checkpoint is written beside the others under a passing name; its files are synced, then the manifest with their
+sizes and sha256, then the folder is renamed. One without a manifest does not exist. Nothing is pickled.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moe.config import MoeError, RunConfig, from_dict, to_dict
+from moe.data import Cursor
+from moe.device import Runtime, describe, resolve_device
+from moe.model import Transformer
+from moe.optim import Optimizers
+from moe.tokenizer import Tokenizer
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(MoeError):
+    """A run's folder that cannot be read, written or continued."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Where training stands, beside the tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # of training, evaluation and saving not counted
+    epoch: int = 0
+    window: int = 0
+    rng: dict = field(default_factory=dict)
+    balance: dict = field(default_factory=dict)  # steps each MoE layer has looked collapsed for
+
+    def progress(self, config: RunConfig) -> float:
+        """The part of the training that is done, by the training clock or by steps; 1 and above: all."""
+        return self.seconds / (60 * config.minutes) if config.minutes else self.step / config.steps
+
+    @property
+    def cursor(self) -> Cursor:
+        return Cursor(self.epoch, self.window)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file in one step: the old content or the new one, never a part."""
+    passing = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(passing, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(passing, path)
+    sync_folder(path.parent)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        sync(path)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class RunFolder:
+    """The files of one run. Holds the lock on it from `acquire` to the end of the process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = FileLock(path / ".lock")
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def acquire(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise CheckpointError(
+                f"{self.path} is in use by another process: wait for it, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be written: {error.strerror}") from None
+
+    def checkpoints(self) -> list[Path]:
+        """The complete ones, oldest first."""
+        folders = (self.path / "checkpoints").glob("[0-9]*")
+        return sorted(path for path in folders if re.fullmatch(r"\d{8,}", path.name) and (path / MANIFEST).is_file())
+
+    def clear(self) -> None:
+        """Remove what a start that never reached a checkpoint left behind. Raises CheckpointError for other files."""
+        there = [
+            name
+            for name in ("tokenizer.json", "metrics.jsonl", "checkpoints", "config.json")
+            if (self.path / name).exists()
+        ]
+        if there:
+            try:
+                self.read_setup()
+            except CheckpointError:
+                raise CheckpointError(
+                    f"{self.path} holds a {there[0]} that no training run made: choose another --out"
+                ) from None
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
+        for name in ("metrics.jsonl", "tokenizer.json", "config.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def write_setup(self, config: RunConfig, runtime: Runtime, tokenizer: Tokenizer, data: dict[str, Any]) -> None:
+        facts = {
+            "config": to_dict(config),
+            "runtime": asdict(runtime),
+            "data": data,
+            "versions": versions(),
+            "hardware": describe(runtime.device),
+        }
+        write_whole(self.path / "config.json", json.dumps(facts, indent=1).encode())
+        write_whole(self.path / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())
+
+    def read_setup(self) -> tuple[RunConfig, Runtime, dict[str, Any]]:
+        path = self.path / "config.json"
+        try:
+            facts = json.loads(path.read_text("utf-8"))
+            return (
+                from_dict(RunConfig, facts["config"]),
+                from_dict(Runtime, facts["runtime"], "runtime"),
+                dict(facts["data"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    def restore(self, model: Transformer, optimizers: Optimizers) -> State:
+        """The newest checkpoint into model and optimizers; where training stood."""
+        checkpoint = self.checkpoints()[-1]
+        verify(checkpoint)
+        load_model(model, checkpoint / "model.safetensors")
+        optimizers.load_state(load_tensors(checkpoint / "optimizer.safetensors"))
+        return read_state(checkpoint)
+
+    def save(self, model: Transformer, optimizer: Iterator[tuple[str, Tensor]], state: State, keep_last: int) -> Path:
+        """Write a checkpoint, then remove the oldest beyond keep_last. Raises CheckpointError when the disk does not
+        play along."""
+        final = self.path / "checkpoints" / f"{state.step:08d}"
+        passing = final.with_name(f".{final.name}.{os.getpid()}")
+        try:
+            shutil.rmtree(passing, ignore_errors=True)
+            passing.mkdir(parents=True)
+            save_file(
+                {name: tensor.detach().contiguous() for name, tensor in tensors_of(model).items()},
+                passing / "model.safetensors",
+            )
+            save_file({name: tensor.contiguous() for name, tensor in optimizer}, passing / "optimizer.safetensors")
+            (passing / "state.json").write_text(json.dumps(asdict(state)), "utf-8")
+            files = {
+                path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
+                for path in sorted(passing.iterdir())
+            }
+            for name in files:
+                sync(passing / name)
+            write_whole(passing / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1).encode())
+            remove_checkpoint(final)
+            passing.rename(final)
+            sync_folder(final.parent)
+            for old in self.checkpoints()[:-keep_last]:
+                remove_checkpoint(old)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(passing, ignore_errors=True)
+            raise CheckpointError(
+                f"{final} could not be saved: {error}; the checkpoint before it is untouched"
+            ) from None
+        return final
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Manifest first, so that a half-removed checkpoint does not count as one."""
+    if path.exists():
+        (path / MANIFEST).unlink(missing_ok=True)
+        sync_folder(path)
+        shutil.rmtree(path)
+
+
+def verify(checkpoint: Path) -> None:
+    """Raises CheckpointError unless every file is what the manifest says."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text("utf-8"))["files"]
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+            path, expected = checkpoint / name, files[name]
+            if path.stat().st_size != expected["size"] or sha256_of(path) != expected["sha256"]:
+                raise CheckpointError(
+                    f"{path} is damaged, its size or sha256 is not the manifest's: remove {checkpoint.name} to use an older one"
+                )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from None
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+@torch.no_grad()
+def load_model(model: nn.Module, path: Path) -> None:
+    """Copy a file's tensors into the model. Raises CheckpointError listing what is missing, unexpected or of another
+    shape."""
+    stored, wanted = load_tensors(path), tensors_of(model)
+    wrong = [f"{name} is missing" for name in wanted.keys() - stored.keys()] + [
+        f"{name} is not known" for name in stored.keys() - wanted.keys()
+    ]
+    wrong += [
+        f"{name} is {tuple(stored[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in wanted.keys() & stored.keys()
+        if stored[name].shape != wanted[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{path} does not fit this model: {'; '.join(sorted(wrong)[:5])}")
+    for name, tensor in wanted.items():
+        tensor.copy_(stored[name])
+
+
+def read_state(checkpoint: Path) -> State:
+    try:
+        return from_dict(State, json.loads((checkpoint / "state.json").read_text("utf-8")), "state")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / 'state.json'}: {error}") from None
+
+
+def random_state() -> dict[str, Any]:
+    """Of every generator training may draw from, as JSON."""
+    encode = [
+        base64.b64encode(state.numpy().tobytes()).decode()
+        for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())
+    ]
+    return {"torch": encode[0], "cuda": encode[1:]}
+
+
+def set_random_state(stored: dict[str, Any]) -> None:
+    try:
+        states = [
+            torch.from_numpy(np.frombuffer(base64.b64decode(text), np.uint8).copy())
+            for text in (stored["torch"], *stored["cuda"])
+        ]
+        torch.set_rng_state(states[0])
+        for index, state in enumerate(states[1 : 1 + torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, index)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"state.json: the random state is damaged: {error}") from None
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002, for libraries that still draw from it
+    torch.manual_seed(seed)
+
+
+def versions() -> dict[str, str]:
+    import importlib.metadata
+
+    found = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken", "safetensors")}
+    here = Path(__file__).resolve().parent
+    try:
+        asked = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=False
+        )
+        revision = asked.stdout.strip() or "unknown"
+    except (OSError, subprocess.SubprocessError):
+        revision = "unknown"
+    return {"python": platform.python_version(), **found, "git": revision}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished or running training, opened for use: `moe.load("out/NAME")`."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: RunConfig
+    checkpoint: Path
+
+
+def newest_run(under: Path = Path("out")) -> Path:
+    """The run with the newest checkpoint under a folder."""
+    found = [
+        (folder.checkpoints()[-1].stat().st_mtime, folder.path)
+        for folder in map(RunFolder, sorted(under.glob("*")))
+        if folder.checkpoints()
+    ]
+    if not found:
+        raise CheckpointError(f"no run under {under}/ yet: train one with `python train.py`, or name its folder")
+    return max(found)[1]
+
+
+def load(path: str | Path | None = None, device: str = "auto", checkpoint: Path | None = None) -> Run:
+    """Open a run's newest checkpoint, in float32 and evaluation mode. path: its folder; by default the newest under
+    out/."""
+    folder = RunFolder(Path(path) if path is not None else newest_run())
+    complete = folder.checkpoints()
+    if not complete:
+        raise CheckpointError(f"{folder.path} holds no run: it has no complete checkpoint")
+    checkpoint = checkpoint or complete[-1]
+    verify(checkpoint)
+    config, _, data = folder.read_setup()
+    tokenizer = Tokenizer.load(folder.path / "tokenizer.json")
+    if tokenizer.hash != data.get("tokenizer") or tokenizer.vocab_size > config.model.vocab_size:
+        raise CheckpointError(
+            f"{folder.path / 'tokenizer.json'} is not the tokenizer this run was trained with: put the run's own back"
+        )
+    model = Transformer(config.model)
+    load_model(model, checkpoint / "model.safetensors")
+    return Run(model.to(resolve_device(device)[0]).eval(), tokenizer, config, checkpoint)

@@ -1,0 +1,320 @@
+"""Everything that can be set, in frozen dataclasses: the model, the text, the optimizer, the training, the presets.
+
+The model's fields carry the names of transformers' `DeepseekV3Config`, so a reader of either knows the other. Values
+are checked here and nowhere else; a message names the field, its value and the way out.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+C = TypeVar("C")
+
+
+class MoeError(Exception):
+    """A mistake a user can mend. Its message is one line: what was given, what was expected, what helps. The scripts
+    print no more than it."""
+
+
+class ConfigError(MoeError, ValueError):
+    """A configuration that cannot work."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        require(getattr(config, name) > 0, f"{name} = {getattr(config, name)} must be greater than 0")
+
+
+def require_not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        require(getattr(config, name) >= 0, f"{name} = {getattr(config, name)} must not be negative")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture: DeepSeek-V3 (arXiv 2412.19437), its defaults the size of preset `tiny`."""
+
+    vocab_size: int = 512  # 0 in the presets: train.py takes the tokenizer's size, rounded up
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    max_position_embeddings: int = 256  # the context length
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    hidden_dropout: float = 0.0  # on what attention and feed-forward add to the residual stream
+
+    # Multi-head latent attention (section 2.1.1)
+    num_attention_heads: int = 4
+    q_lora_rank: int | None = None  # None: queries are not compressed
+    kv_lora_rank: int = 64
+    qk_nope_head_dim: int = 16
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    rope_theta: float = 10_000.0
+
+    # Feed-forward: the first layers dense, the others a mixture of experts (section 2.1.2)
+    intermediate_size: int = 384
+    first_k_dense_replace: int = 1
+    n_routed_experts: int = 16
+    num_experts_per_tok: int = 2
+    n_shared_experts: int = 1
+    moe_intermediate_size: int = 128
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+
+    # Load balancing: 0 turns a means off
+    bias_update_speed: float = 1e-3  # added to the bias of an expert with too little load after each optimizer step
+    balance_loss: Literal["sequence", "switch", "none"] = "sequence"
+    aux_loss_alpha: float = 1e-4  # the weight of that loss
+    router_z_loss: float = 0.0  # the weight of ST-MoE's z-loss
+
+    expert_backend: Literal["auto", "loop", "grouped", "gather"] = "auto"
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "hidden_size", "num_hidden_layers", "max_position_embeddings", "rms_norm_eps", "num_attention_heads"
+        )
+        require_positive(
+            self,
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "rope_theta",
+            "intermediate_size",
+        )
+        require_positive(
+            self,
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "n_group",
+            "topk_group",
+            "routed_scaling_factor",
+        )
+        require_not_negative(self, "vocab_size", "first_k_dense_replace", "n_shared_experts", "initializer_range")
+        require_not_negative(self, "bias_update_speed", "aux_loss_alpha", "router_z_loss")
+        require(0 <= self.hidden_dropout < 1, f"hidden_dropout = {self.hidden_dropout} must lie in [0, 1)")
+        require(
+            self.q_lora_rank is None or self.q_lora_rank > 0,
+            f"q_lora_rank = {self.q_lora_rank} must be above 0, or None for none",
+        )
+        require(
+            self.qk_rope_head_dim % 2 == 0,
+            f"qk_rope_head_dim = {self.qk_rope_head_dim} must be even: rotation acts on pairs",
+        )
+        self._check_routing()
+
+    def _check_routing(self) -> None:
+        experts, chosen = self.n_routed_experts, self.num_experts_per_tok
+        require(
+            chosen <= experts,
+            f"num_experts_per_tok = {chosen} is more than n_routed_experts = {experts}: lower one or raise the other",
+        )
+        require(experts % self.n_group == 0, f"n_group = {self.n_group} must divide n_routed_experts = {experts}")
+        require(
+            self.topk_group <= self.n_group, f"topk_group = {self.topk_group} is more than n_group = {self.n_group}"
+        )
+        room = self.topk_group * (experts // self.n_group)
+        require(
+            chosen <= room,
+            f"num_experts_per_tok = {chosen} is more than the {room} experts in topk_group = {self.topk_group} groups",
+        )
+
+    @property
+    def num_moe_layers(self) -> int:
+        return max(self.num_hidden_layers - self.first_k_dense_replace, 0)
+
+    @property
+    def router_learns_nothing(self) -> bool:
+        """With one expert per token and normalised gates every gate is 1, and the language-model loss says nothing to
+        the router."""
+        return self.num_moe_layers > 0 and self.num_experts_per_tok == 1 and self.norm_topk_prob
+
+    @property
+    def balanced(self) -> bool:
+        return self.bias_update_speed > 0 or (self.balance_loss != "none" and self.aux_loss_alpha > 0)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, cut into which tokens."""
+
+    source: Annotated[str, tyro.conf.arg(aliases=("--data",))] = (
+        "tinyshakespeare"  # a prepared folder, a text file, a folder of text files, or a data set's name
+    )
+    tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"
+    vocab_size: int = 512  # of the byte-level BPE, its 256 bytes and the end-of-text token included
+    val_fraction: float = 0.1  # the last characters of the text
+    errors: Literal["strict", "replace"] = "strict"  # what undecodable bytes do: stop, or become U+FFFD
+
+    def __post_init__(self) -> None:
+        require(
+            self.tokenizer != "bpe" or self.vocab_size >= 257,
+            f"data.vocab_size = {self.vocab_size} must be at least 257: 256 bytes and the end of text",
+        )
+        require(self.vocab_size <= 2**31, f"data.vocab_size = {self.vocab_size} does not fit a token id of 32 bits")
+        require(0 < self.val_fraction < 1, f"data.val_fraction = {self.val_fraction} must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Muon for matrices, AdamW for the rest (see optim.py), and how their learning rates move."""
+
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
+    muon_weight_decay: float = 0.0
+    adam_lr: float = 0.006
+    router_lr: float = 0.005
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_weight_decay: float = 0.0
+    schedule: Literal["wsd", "cosine"] = "wsd"  # warm-up, stable, linear decay; or warm-up and a cosine
+    warmup: float = 0.01  # fractions of the whole training
+    decay: float = 0.7
+    final_lr: float = 0.05  # of the peak
+    grad_clip: float = 1.0  # 0: none
+
+    def __post_init__(self) -> None:
+        require_positive(self, "muon_lr", "adam_lr", "router_lr")
+        require_not_negative(self, "muon_weight_decay", "adam_weight_decay", "warmup", "decay", "final_lr", "grad_clip")
+        for name in ("muon_momentum", "adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name} = {getattr(self, name)} must lie in [0, 1)")
+        require(
+            self.warmup + self.decay <= 1,
+            f"optim.warmup = {self.warmup} and optim.decay = {self.decay} add up to more than the whole training",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a step is made and how often a run looks at itself."""
+
+    batch_size: int = 8  # sequences a micro-batch
+    sequence_length: int = 256
+    gradient_accumulation_steps: int = 1
+    eval_interval: int = 250  # steps; 0: only at the end
+    save_interval: int = 500  # steps; 0: only at the end
+    log_interval: int = 50  # steps between lines where there is no terminal
+    keep_last: int = 2  # checkpoints
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "batch_size", "sequence_length", "gradient_accumulation_steps", "log_interval", "keep_last"
+        )
+        require_not_negative(self, "eval_interval", "save_interval")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.sequence_length * self.gradient_accumulation_steps
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How the next token is drawn. The filters are applied in this order."""
+
+    temperature: float = 0.8  # 0: always the most likely token
+    top_k: int = 0  # keep the k most likely; 0: all
+    top_p: float = 1.0  # keep the smallest set of tokens that holds this much probability
+    min_p: float = 0.0  # drop what is less likely than this fraction of the most likely
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "temperature", "top_k")
+        require(0 < self.top_p <= 1, f"top_p = {self.top_p} must lie in (0, 1]")
+        require(0 <= self.min_p <= 1, f"min_p = {self.min_p} must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole training run: what `config.json` stores and a resumed run keeps."""
+
+    preset: str = "tiny"
+    steps: int = 1000
+    minutes: float | None = None  # instead of steps: the schedule follows the training clock
+    seed: int = 1
+    init_from: str | None = None  # a run whose weights and tokenizer to start from
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    deterministic: bool = False
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        require(self.steps > 0, f"steps = {self.steps} must be greater than 0")
+        require(self.minutes is None or self.minutes > 0, f"minutes = {self.minutes} must be greater than 0")
+        window, context = self.train.sequence_length, self.model.max_position_embeddings
+        require(
+            window <= context,
+            f"train.sequence_length = {window} is more than the context, model.max_position_embeddings = {context}",
+        )
+
+
+def presets() -> dict[str, RunConfig]:
+    """Complete runs by name."""
+    tiny = RunConfig()
+    dense = replace(tiny, preset="dense", model=replace(tiny.model, first_k_dense_replace=tiny.model.num_hidden_layers))
+    debug = RunConfig(
+        preset="debug",
+        steps=30,
+        model=ModelConfig(
+            vocab_size=0,
+            hidden_size=32,
+            num_hidden_layers=2,
+            max_position_embeddings=64,
+            num_attention_heads=2,
+            kv_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=8,
+            v_head_dim=16,
+            intermediate_size=64,
+            n_routed_experts=4,
+            moe_intermediate_size=32,
+            bias_update_speed=0.02,  # 30 steps of 1e-3 would not move a choice
+        ),
+        data=DataConfig(vocab_size=320),
+        train=TrainConfig(batch_size=8, sequence_length=64, eval_interval=15, save_interval=15, log_interval=10),
+    )
+    return {run.preset: run for run in (tiny, dense, debug)}
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type[C], values: Any, where: str = "config") -> C:
+    """Build a dataclass from parsed JSON, checking every name and type. Raises ConfigError naming the field."""
+    require(isinstance(values, dict), f"{where}: expected an object, found {type(values).__name__}")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    require(not unknown, f"{where}: unknown field {', '.join(map(repr, unknown))}")
+    return kind(**{name: _typed(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, where)
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        require(value in options, f"{where} = {value!r} must be one of {', '.join(map(str, options))}")
+        return value
+    allowed = options if origin in (typing.Union, types.UnionType) else (hint,)
+    if float in allowed and type(value) is int:
+        value = float(value)
+    names = " or ".join(getattr(option, "__name__", str(option)) for option in allowed)
+    require(type(value) in allowed, f"{where} = {value!r} must be of type {names}")
+    return value

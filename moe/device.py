@@ -1,0 +1,157 @@
+"""Where and how a run computes: decided once, by what the machine can do and never by timing, with a reason for each
+choice.
+
+A training run prints the reasons, stores the decisions in `config.json` and keeps them when it is resumed.
+"""
+
+import ctypes
+import platform
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe.config import MoeError, RunConfig
+from moe.experts import choose_backend
+from moe.model import Losses, Transformer
+
+LossFunction = Callable[..., Losses]
+
+
+class DeviceError(MoeError):
+    """A device or number format this machine does not have."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    device: str
+    dtype: str
+    compile: bool
+    expert_backend: str
+    threads: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """float32 parameters, matrix products in bfloat16; nothing at all in float32."""
+        return torch.autocast(self.device, torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
+
+
+def resolve(config: RunConfig) -> tuple[Runtime, dict[str, str]]:
+    """The decisions, and why. Raises DeviceError for what was asked for and cannot be had."""
+    device, why_device = resolve_device(config.device)
+    dtype, why_dtype = resolve_dtype(config.dtype, device)
+    compiled, why_compile = resolve_compile(config.compile, device)
+    tokens = config.train.batch_size * config.train.sequence_length
+    backend, why_backend = choose_backend(config.model, device, getattr(torch, dtype), tokens)
+    if config.model.num_moe_layers == 0:
+        backend, why_backend = "none", "no mixture-of-experts layer"
+    runtime = Runtime(device, dtype, compiled, backend, torch.get_num_threads())
+    return runtime, {
+        "device": f"{device}: {why_device}",
+        "dtype": f"{dtype}: {why_dtype}",
+        "compile": f"{'on' if compiled else 'off'}: {why_compile}",
+        "experts": f"{backend}: {why_backend}",
+        "threads": f"{runtime.threads}: torch's default",
+    }
+
+
+def resolve_device(asked: str) -> tuple[str, str]:
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked == "auto":
+        device = next(name for name in ("cuda", "mps", "cpu") if has[name])
+        return device, {"cuda": "an NVIDIA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU was found"}[
+            device
+        ]
+    if not has[asked]:
+        raise DeviceError(f"--device {asked}: this machine, or this build of PyTorch, has none; use --device auto")
+    return asked, "as asked"
+
+
+def resolve_dtype(asked: str, device: str) -> tuple[str, str]:
+    if asked != "auto":
+        return asked, "as asked"
+    if device == "cuda":  # is_bf16_supported() also says yes to emulation, on a T4 for one
+        major, minor = torch.cuda.get_device_capability()
+        return (
+            ("bfloat16", f"compute capability {major}.{minor}")
+            if major >= 8
+            else ("float32", f"compute capability {major}.{minor} is below 8.0")
+        )
+    if device == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return (
+            ("bfloat16", "the processor multiplies it natively")
+            if native
+            else ("float32", "the processor has no bfloat16 products")
+        )
+    return "float32", "bfloat16 is untested on mps"
+
+
+def resolve_compile(asked: str, device: str) -> tuple[bool, str]:
+    if asked != "auto":
+        return asked == "on", "as asked"
+    if device != "cuda":
+        return False, f"its warm-up does not pay on {device}"
+    try:
+        import triton  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
+    except ImportError:
+        return False, "triton is not installed"
+    if torch.cuda.get_device_capability() < (7, 0) or not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return False, "triton needs compute capability 7.0 and a C compiler"
+    return True, "triton is there"
+
+
+def working_losses(
+    model: Transformer, config: RunConfig, runtime: Runtime, warn: Callable[[str], None]
+) -> LossFunction:
+    """model.losses, compiled and with the expert back-end as decided, or with a notice as far as they work: each is
+    tried on a batch of the real shape, since a fast path may load and then fail when it runs."""
+    attempts = [(False, runtime.expert_backend)]
+    if runtime.compile:
+        attempts.insert(0, (True, runtime.expert_backend))
+    if runtime.expert_backend not in ("none", "loop"):
+        attempts.append((False, "loop"))
+    for compiled, backend in attempts:
+        for layer in model.moe_layers():
+            layer.backend = backend
+        losses_of: LossFunction = torch.compile(model.losses, dynamic=False) if compiled else model.losses
+        if runtime.device == "cpu" and not compiled:
+            return losses_of
+        try:
+            shape = (config.train.batch_size, config.train.sequence_length)
+            tokens = torch.zeros(shape, dtype=torch.int64, device=runtime.device)
+            with runtime.autocast():
+                losses_of(tokens, tokens).objective.backward()
+            return losses_of
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler or a kernel throws
+            reason = (str(error).strip() or type(error).__name__).split("\n")[0][:160]
+            warn(f"notice: {'compiled' if compiled else backend} training failed ({reason}): trying without")
+        finally:
+            model.zero_grad(set_to_none=True)
+    raise DeviceError(f"no way of computing this model works on {runtime.device}: try --device cpu")
+
+
+def reuse_memory() -> bool:
+    """Let the allocator keep freed memory, where it is glibc's: handing every large tensor back costs a sixth of a
+    step on a CPU."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1))
+
+
+def describe(device: str) -> str:
+    return (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    )

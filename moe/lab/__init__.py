@@ -1,0 +1,1 @@
+"""Looking and measuring: prices of text, pictures of a run."""

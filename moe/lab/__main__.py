@@ -1,0 +1,59 @@
+"""`python -m moe.lab score RUN FILE`: what a text costs under a model."""
+
+import json
+import sys
+from pathlib import Path
+
+import tyro
+
+import moe
+from moe.lab.score import Windows, score
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise moe.MoeError(f"{path}: {error.strerror}") from None
+
+
+def score_command(
+    run: tyro.conf.Positional[Path],
+    file: tyro.conf.Positional[Path],
+    windows: Windows = "overlapping",
+    json: bool = False,
+) -> None:
+    """Price every byte of a file from the bytes before it.
+
+    Args:
+        run: A run's folder.
+        file: Any file; what is not UTF-8 is priced byte by byte.
+        windows: How a long text is cut; see moe/lab/score.py.
+        json: Print one JSON object.
+    """
+    result = score(moe.load(run), read_bytes(file), windows).to_json()
+    if json:
+        print(as_json(result))
+    else:
+        for name in ("nats_per_character", "bits_per_byte", "nats_per_token"):
+            print(f"{result[name]:>12.4f} {name.replace('_', ' ')}")
+        for name in ("characters", "bytes", "tokens"):
+            print(f"{result[name]:>12,} {name}")
+
+
+def as_json(result: object) -> str:
+    return json.dumps(result)
+
+
+def main() -> int:
+    commands: dict[str, object] = {"score": score_command}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="python -m moe.lab", config=(tyro.conf.FlagCreatePairsOff,))  # type: ignore[arg-type]
+    except moe.MoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""The price of a text under a model, in nats: the language-model loss, token by token.
+
+Notation: B windows, S positions.
+
+Every token is priced from those before it, the first from the start-of-text token. Two ways to cut a long text into
+windows:
+
+* `separate`: windows side by side. Each token is priced once; the first of a window sees only its predecessor. What
+  `val_loss` in training is.
+* `overlapping`: each window begins half a window after the last, and only its second half is priced, so that every
+  token but the first window's sees at least half a window.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.checkpoint import Run
+from moe.config import MoeError
+from moe.data import IGNORE, TokenStream, separate_windows
+from moe.model import Transformer
+
+Windows = Literal["overlapping", "separate"]
+BATCH_TOKENS = 8192
+
+
+class ScoreError(MoeError):
+    """A text that has no price."""
+
+
+@dataclass(frozen=True)
+class Score:
+    nats: float
+    characters: int
+    bytes: int
+    tokens: int
+
+    def record(self) -> dict[str, float]:
+        """Its figures as training's metrics name them."""
+        figures = self.to_json()
+        return {
+            "val_loss": figures["nats_per_token"],
+            "val_nats_per_character": figures["nats_per_character"],
+            "val_bits_per_byte": figures["bits_per_byte"],
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "nats_per_character": self.nats / max(self.characters, 1),
+            "bits_per_byte": self.nats / math.log(2) / max(self.bytes, 1),
+            "nats_per_token": self.nats / max(self.tokens, 1),
+            "characters": self.characters,
+            "bytes": self.bytes,
+            "tokens": self.tokens,
+        }
+
+
+@torch.inference_mode()
+def price(
+    model: Transformer, batches: Iterator[tuple[Tensor, Tensor]], autocast: Callable[[], Any]
+) -> tuple[np.ndarray, Tensor | None]:
+    """The price in nats of every scored target, in order, float64; and the load of the experts over all of it, (L,
+    E)."""
+    device, training = model.embed_tokens.weight.device, model.training
+    model.eval()
+    prices, load = [], None
+    for tokens, targets in batches:
+        with autocast():
+            hidden, routing = model.hidden_states(tokens.to(device))
+            logits = model.lm_head(hidden).float()
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), targets.to(device).flatten(), ignore_index=IGNORE, reduction="none"
+        )
+        prices.append(losses[targets.flatten().to(device) != IGNORE].double().cpu().numpy())
+        if routing is not None:
+            load = routing.load if load is None else load + routing.load
+    model.train(training)
+    return np.concatenate(prices) if prices else np.zeros(0), load
+
+
+def check_length(stream: TokenStream, length: int) -> None:
+    """Raises ScoreError when a split is shorter than a window."""
+    if len(stream) <= length:
+        raise ScoreError(
+            f"the {stream.split} split has {len(stream)} tokens, fewer than one window of {length}: give a longer "
+            "text, a larger --data.val-fraction or a smaller --train.sequence-length"
+        )
+
+
+def evaluate(
+    model: Transformer, stream: TokenStream, length: int, autocast: Callable[[], Any]
+) -> tuple[Score, Tensor | None]:
+    """A full pass over a split in separate windows: its price, and the load of the experts (L, E) over all of it."""
+    batches = separate_windows(stream.read, len(stream), length, max(1, BATCH_TOKENS // length))
+    prices, load = price(model, batches, autocast)
+    corpus = stream.corpus
+    return Score(float(prices.sum()), corpus.characters(stream.split), corpus.bytes(stream.split), len(prices)), load
+
+
+def overlapping_windows(ids: np.ndarray, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows half a window apart; where they stand does not depend on what comes later. Targets seen before are
+    -100."""
+    half = max(length // 2, 1)
+    for start in range(0, max(len(ids) - 1 - (length - half), 1), half):
+        tokens, targets = ids[start : start + length], ids[start + 1 : start + length + 1].copy()
+        if start:
+            targets[: length - half] = IGNORE
+        yield torch.from_numpy(tokens[: len(targets)])[None], torch.from_numpy(targets)[None]
+
+
+def prices_of(run: Run, data: bytes, windows: Windows = "overlapping") -> np.ndarray:
+    """The price of each token of any bytes, in nats, float64."""
+    ids = np.concatenate([[run.tokenizer.end_of_text], run.tokenizer.encode_bytes(data)]).astype(np.int64)
+    length = run.config.train.sequence_length if windows == "separate" else run.model.config.max_position_embeddings
+    if windows == "overlapping":
+        batches = overlapping_windows(ids, length)
+    else:
+        batches = separate_windows(
+            lambda start, count: ids[start : start + count], len(ids), length, max(1, BATCH_TOKENS // length)
+        )
+    return price(run.model, batches, lambda: torch.autocast("cpu", enabled=False))[0]
+
+
+def score(run: Run, data: bytes, windows: Windows = "overlapping") -> Score:
+    """The price of any bytes. Raises ScoreError for none at all."""
+    if not data:
+        raise ScoreError("an empty text has no price")
+    prices = prices_of(run, data, windows)
+    return Score(float(prices.sum()), len(data.decode("utf-8", "surrogateescape")), len(data), len(prices))

@@ -1,0 +1,238 @@
+"""What training says of itself: one JSON line a step, a progress display, and wandb where asked for.
+
+Notation: L MoE layers, E routed experts.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from torch import Tensor
+
+from moe.config import MoeError
+from moe.router import RoutingStats, collapsed_layers, dead_experts, load_entropy, max_violation
+
+Record = dict[str, Any]
+PATIENCE = 20  # steps a layer may look collapsed before the alarm
+
+
+def load_record(load: Tensor | None) -> Record:
+    """The state of the balance from a load (L, E): its worst layer's MaxVio and entropy, the dead experts of all."""
+    if load is None:
+        return {"max_vio": None, "entropy": None, "dead_experts": None}
+    return {
+        "max_vio": max_violation(load).max().item(),
+        "entropy": load_entropy(load).min().item(),
+        "dead_experts": int(dead_experts(load).sum()),
+    }
+
+
+def routing_record(routing: RoutingStats | None, detailed: bool) -> Record:
+    """A step's balance; detailed, also layer by layer. `balance_loss` is the unweighted mean over the layers."""
+    if routing is None:
+        return {"balance_loss": None, "z_loss": None, **load_record(None)}
+    load = routing.load.cpu()
+    record = {
+        "balance_loss": routing.balance_loss.mean().item(),
+        "z_loss": routing.z_loss.mean().item(),
+        **load_record(load),
+    }
+    if detailed:
+        figures = {
+            "max_vio": max_violation(load),
+            "entropy": load_entropy(load),
+            "dead_experts": dead_experts(load),
+            "load": load,
+        }
+        record |= {f"{name}_by_layer": values.tolist() for name, values in figures.items()}
+    return record
+
+
+class CollapseAlarm:
+    """Notices layers whose routing has been collapsed for PATIENCE steps on end, and speaks up once for each."""
+
+    def __init__(self, top_k: int, streaks: dict[str, int]) -> None:
+        self.top_k, self.streaks = top_k, dict(streaks)
+
+    def check(self, load: Tensor | None) -> str | None:
+        """load: (L, E). A line to print, or None."""
+        collapsed = (
+            {}
+            if load is None
+            else {str(layer): self.streaks.get(str(layer), 0) + 1 for layer in collapsed_layers(load, self.top_k)}
+        )
+        self.streaks = collapsed
+        struck = [layer for layer, streak in collapsed.items() if streak == PATIENCE]
+        if not struck:
+            return None
+        return (
+            f"ALARM: routing has collapsed in MoE layer {', '.join(struck)}: most tokens go to a few "
+            "experts, the others learn nothing. Raise --model.bias-update-speed or --model.aux-loss-alpha, or lower --optim.router-lr"
+        )
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one object a line, flushed as it is written."""
+
+    def __init__(self, path: Path, keep_steps: int = 0) -> None:
+        """keep_steps: what an earlier process wrote for later steps, and a torn last line, are cut off."""
+        kept = (
+            [json.dumps(record) for record in read_metrics(path) if record["step"] <= keep_steps]
+            if path.exists() and keep_steps
+            else []
+        )
+        passing = path.with_name(f".{path.name}.{os.getpid()}")
+        passing.write_text("".join(line + "\n" for line in kept), "utf-8")
+        os.replace(passing, path)
+        self.file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed in close()
+
+    def write(self, record: Record) -> None:
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise MoeError(f"{self.file.name}: cannot be written: {error.strerror}") from None
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The lines of a metrics file, without a torn last one. Raises MoeError for any other damage."""
+    records: list[Record] = []
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise MoeError(f"{path}: {error}") from None
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last line break is torn, or nothing
+        try:
+            record = json.loads(line)
+            if type(record["step"]) is not int:
+                raise TypeError("step is no whole number")
+        except (ValueError, TypeError, KeyError) as error:
+            raise MoeError(f"{path}, line {number}: not a metrics line ({type(error).__name__}: {error})") from None
+        records.append(record)
+    return records
+
+
+class Display:
+    """A progress bar on a terminal, plain lines elsewhere, nothing when quiet."""
+
+    def __init__(self, plain: bool = False, quiet: bool = False, log_interval: int = 50) -> None:
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.live = self.console.is_terminal and not plain and not quiet
+        self.log_interval = log_interval
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.stage, self.spoke = "", 0.0
+        self.validation = ""
+
+    def say(self, message: str) -> None:
+        self.console.print(message, markup=False)
+
+    def warn(self, message: str) -> None:
+        """Never silenced, and on the error stream."""
+        if self.bar:
+            self.bar.console.print(message, style="bold yellow", markup=False)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+    def advance(self, stage: str, done: int, total: int) -> None:
+        """A long job before training: its stage, so far, of how much. Plain lines appear every 5 seconds only."""
+        if stage != self.stage:
+            self.start(stage)
+            self.stage, self.spoke = stage, time.monotonic()
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, total=max(total, 1), completed=done)
+        elif time.monotonic() - self.spoke > 5:
+            self.spoke = time.monotonic()
+            self.say(f"{stage}: {100 * done // max(total, 1)} %")
+
+    def start(self, name: str) -> None:
+        self.close()
+        if self.live:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.percentage:>3.0f} %  {task.fields[line]}"),
+            )
+            self.bar = Progress(*columns, console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task(name, total=1.0, line="")
+
+    def step(self, record: Record, progress: float, tokens_per_second: float, seconds_left: float) -> None:
+        if "val_loss" in record:
+            self.validation = f"  val {record['val_nats_per_character']:.3f}/char"
+        line = f"loss {record['loss']:.3f}{self.validation}"
+        if record["max_vio"] is not None:
+            line += f"  balance loss {record['balance_loss']:.3f}  MaxVio {record['max_vio']:.2f}"
+            line += f"  dead {record['dead_experts']}"
+        line += f"  {tokens_per_second:,.0f} tok/s  ETA {clock(seconds_left)}"
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, completed=progress, line=line)
+        elif record["step"] % self.log_interval == 0 or "val_loss" in record:
+            self.say(f"step {record['step']:>5} {100 * progress:3.0f} %  {line}")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class Eta:
+    """Seconds left, evaluation and saving included, from how fast progress was since the start."""
+
+    def __init__(self, progress: float) -> None:
+        self.progress, self.began = progress, time.monotonic()
+
+    def __call__(self, progress: float) -> float:
+        made = progress - self.progress
+        return (time.monotonic() - self.began) / made * (1 - progress) if made > 0 else 0.0
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Wandb:
+    """Weights & Biases, imported only when asked for. Whatever goes wrong there is told once and never ends a run."""
+
+    def __init__(self, mode: str, folder: Path, config: dict[str, Any], warn: Callable[[str], None]) -> None:
+        self.warn, self.run = warn, None
+        if mode == "off":
+            return
+        try:
+            import wandb
+
+            self.run = wandb.init(project="moe", name=folder.name, dir=str(folder), mode=mode, config=config)  # type: ignore[arg-type]
+        except Exception as error:
+            self._give_up(error)
+
+    def log(self, record: Record) -> None:
+        if self.run is not None:
+            try:
+                self.run.log(
+                    {name: value for name, value in record.items() if isinstance(value, int | float)},
+                    step=record["step"],
+                )
+            except Exception as error:
+                self._give_up(error)
+
+    def close(self) -> None:
+        if self.run is not None:
+            try:
+                self.run.finish()
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.run = None
+        self.warn(f"wandb is left out from here on ({type(error).__name__}: {error}); metrics.jsonl has everything")

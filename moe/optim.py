@@ -1,0 +1,165 @@
+"""Muon for the matrices, AdamW for the rest, and how the learning rates move.
+
+Muon (Jordan et al. 2024): momentum whose matrix is made orthogonal before it is applied, so that every direction of a
+weight learns at the same pace. Matrices of hidden layers get it: attention, dense and shared feed-forward, and the
+stacked experts, orthogonalised **per expert** (a stack flattened into one matrix would mix experts that have nothing
+to do with each other). Embedding, head, norms and the small router matrix get AdamW.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe.config import OptimConfig
+
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # Jordan's quintic, steep at zero: 5 rounds bring singular values into about [0.7, 1.2]
+ROUNDS = 5
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """The nearest (semi-)orthogonal matrix of each, roughly: U V^T of its singular value decomposition. (N, m, n) ->
+    (N, m, n)."""
+    a, b, c = NEWTON_SCHULZ
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if wide else matrices.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(ROUNDS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a X + (b G + c G^2) X
+    return x if wide else x.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal, for parameters of shape (..., m, n): leading dimensions are a stack of separate
+    matrices.
+
+    `fused` in a parameter group says how many equal matrices lie above each other in m (gate and up projection: 2);
+    each is treated by itself. The update is scaled by sqrt(max(1, m/n)), Jordan's rule. Parameters of equal shape are
+    orthogonalised together.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], momentum: float, weight_decay: float, dtype: torch.dtype) -> None:
+        super().__init__(groups, {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "fused": 1})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    by_shape.setdefault(weight.shape, []).append(weight)
+            for weights in by_shape.values():
+                self._update(weights, group)
+
+    def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        momentum, steps = group["momentum"], []
+        for weight in weights:
+            assert weight.grad is not None
+            state = self.state[weight]
+            buffer = state.setdefault("momentum", torch.zeros_like(weight))
+            buffer.lerp_(weight.grad, 1 - momentum)
+            steps.append(torch.lerp(weight.grad, buffer, momentum))  # Nesterov's look ahead
+        stack = torch.stack(steps).to(self.dtype)
+        rows, columns = stack.shape[-2] // group["fused"], stack.shape[-1]
+        update = orthogonalize(stack.reshape(-1, rows, columns)).reshape(stack.shape).to(weights[0].dtype)
+        scale = group["lr"] * math.sqrt(max(1.0, rows / columns))
+        for weight, change in zip(weights, update, strict=True):
+            weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change, alpha=scale)
+
+
+class Optimizers:
+    """Muon and AdamW as one: every parameter in exactly one group of one of them."""
+
+    def __init__(self, model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: what Muon orthogonalises in."""
+        self.config = config
+        self.names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
+        groups = sort_parameters(model)
+        self.muon = Muon(
+            [
+                {"params": groups["matrices"], "peak_lr": config.muon_lr},
+                {"params": groups["fused"], "peak_lr": config.muon_lr, "fused": 2},
+            ],
+            config.muon_momentum,
+            config.muon_weight_decay,
+            dtype,
+        )
+        self.adam = torch.optim.AdamW(
+            [
+                {"params": groups["embeddings"], "peak_lr": config.adam_lr, "weight_decay": config.adam_weight_decay},
+                {"params": groups["norms"], "peak_lr": config.adam_lr},
+                {"params": groups["router"], "peak_lr": config.router_lr},
+            ],
+            lr=0.0,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=1e-10,
+            weight_decay=0.0,
+            foreach=True,
+        )
+        self.both: tuple[torch.optim.Optimizer, ...] = (self.muon, self.adam)
+
+    def step(self, progress: float) -> float:
+        """One update at this part of the training in [0, 1]; the share of the peak learning rates it was made with."""
+        share = lr_share(progress, self.config)
+        for optimizer in self.both:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * share
+            optimizer.step()
+        return share
+
+    def zero_grad(self) -> None:
+        for optimizer in self.both:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor the next step depends on, by `parameter/kind`."""
+        for optimizer in self.both:
+            for weight, values in optimizer.state.items():
+                yield from ((f"{self.names[weight]}/{kind}", value) for kind, value in values.items())
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        weights = {name: weight for weight, name in self.names.items()}
+        for key, value in tensors.items():
+            name, kind = key.rsplit("/", 1)
+            weight = weights[name]
+            optimizer = (
+                self.muon if any(weight is p for g in self.muon.param_groups for p in g["params"]) else self.adam
+            )
+            optimizer.state[weight][kind] = value if kind == "step" else value.to(weight.device)
+
+
+def sort_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Each parameter into exactly one group, by what it is."""
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "fused": [], "embeddings": [], "norms": [], "router": []}
+    for name, weight in model.named_parameters():
+        if name.endswith("router.weight"):
+            groups["router"].append(weight)
+        elif "embed_tokens" in name or "lm_head" in name:
+            groups["embeddings"].append(weight)
+        elif weight.ndim < 2:
+            groups["norms"].append(weight)
+        else:
+            groups["fused" if "gate_up_proj" in name else "matrices"].append(weight)
+    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+    return groups
+
+
+def lr_share(progress: float, config: OptimConfig) -> float:
+    """Of the peak learning rate, after this part of the training: linear warm-up, then stable and linear decay, or a
+    cosine, to `final_lr`."""
+    if progress < config.warmup:
+        return max(progress / config.warmup, 0.01)
+    if config.schedule == "cosine":
+        done = (progress - config.warmup) / (1 - config.warmup) if config.warmup < 1 else 1.0
+        return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    left = (1 - progress) / config.decay if config.decay else 1.0
+    return config.final_lr + (1 - config.final_lr) * max(0.0, min(1.0, left))

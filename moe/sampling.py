@@ -1,0 +1,167 @@
+"""Writing: prefill, decode with the latent cache, and the ways to draw the next token.
+
+Notation: B sequences, S prompt positions, N new tokens, V vocabulary.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe.attention import LatentCache
+from moe.config import MoeError, SampleConfig
+from moe.model import Transformer
+
+if TYPE_CHECKING:
+    from moe.checkpoint import Run
+
+
+class SamplingError(MoeError):
+    """A prompt or a setting that cannot be sampled from."""
+
+
+def draw(logits: Tensor, config: SampleConfig, generator: torch.Generator | None = None) -> Tensor:
+    """One token for each row: temperature, then top-k, top-p and min-p, then chance. (B, V) float -> (B,) int64."""
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / config.temperature
+    if 0 < config.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(config.top_k).values[..., -1:], -torch.inf)
+    if config.top_p < 1:
+        ordered, index = logits.softmax(-1).sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= config.top_p  # the token that crosses the line stays
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), -torch.inf)
+    if config.min_p > 0:
+        chances = logits.softmax(-1)
+        logits = logits.masked_fill(chances < config.min_p * chances.amax(-1, keepdim=True), -torch.inf)
+    chances = logits.softmax(-1).cpu()  # drawn on the CPU: a seed gives the same text on every device
+    return torch.multinomial(chances, 1, generator=generator).squeeze(-1).to(logits.device)
+
+
+def decode(
+    model: Transformer,
+    tokens: Tensor,
+    config: SampleConfig,
+    *,
+    generator: torch.Generator | None = None,
+    vocab_size: int | None = None,
+    use_cache: bool = True,
+    on_overflow: Callable[[str], None] | None = None,
+) -> Iterator[Tensor]:
+    """New tokens without end, one for each of the B sequences at a time, (B,) int64. tokens: (B, S) with S > 0.
+
+    vocab_size: ids from here on only pad the embedding and are never drawn. When the context is full, the newest half
+    of it is kept and read again; on_overflow is told so, once. Without a cache everything is computed afresh for
+    every token: the slow reference.
+    """
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise SamplingError(
+            f"tokens must have the shape (B, S) with at least one position, found {tuple(tokens.shape)}"
+        )
+    context = model.config.max_position_embeddings
+    window, cache, told = tokens, None, False
+    while True:
+        if window.shape[1] > context:
+            if on_overflow and not told:
+                half = (context + 1) // 2
+                on_overflow(f"the text is longer than the context of {context} tokens: going on from the newest {half}")
+            window, cache, told = window[:, -((context + 1) // 2) :], None, True
+        with torch.inference_mode():
+            if cache is None and use_cache:
+                weight = model.embed_tokens.weight
+                cache = LatentCache(model.config, len(window), context, weight.device, weight.dtype)
+                fresh = window
+            else:
+                fresh = window if cache is None else window[:, -1:]
+            new = draw(model(fresh, cache)[:, -1, :vocab_size], config, generator)
+        window = torch.cat((window, new[:, None]), dim=1)
+        yield new
+
+
+def generate(
+    model: Transformer,
+    tokens: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    stop: int | None = None,
+    vocab_size: int | None = None,
+    use_cache: bool = True,
+) -> Tensor:
+    """Continue tokens (B, S) to exactly (B, S + max_new_tokens); with `stop`, to where every sequence has produced
+    that token.
+
+    temperature 0 is greedy. A sequence that stopped is filled up with `stop`.
+    """
+    training = model.training
+    model.eval()
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    config = SampleConfig(temperature, top_k, top_p, min_p)
+    new_tokens = decode(
+        model, tokens, config, generator=generator, vocab_size=vocab_size, use_cache=use_cache, on_overflow=to_stderr
+    )
+    out, stopped = [tokens], torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    for _ in range(max_new_tokens):
+        new = next(new_tokens)
+        if stop is not None:
+            new = new.masked_fill(stopped, stop)
+            stopped |= new == stop
+        out.append(new[:, None])
+        if stop is not None and bool(stopped.all()):
+            break
+    model.train(training)
+    return torch.cat(out, dim=1)
+
+
+def sample(
+    run: "Run",
+    prompt: str,
+    config: SampleConfig,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    seed: int | None = None,
+    on_overflow: Callable[[str], None] | None = None,
+) -> Iterator[tuple[int, int]]:
+    """(sample, token) as they are made, several samples as one batch; each ends before its end of text."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    start = prompt_tokens(run, prompt, num_samples)
+    new_tokens = decode(
+        run.model, start, config, generator=generator, vocab_size=run.tokenizer.vocab_size, on_overflow=on_overflow
+    )
+    going = set(range(num_samples))
+    for _ in range(max_new_tokens):
+        row_tokens = next(new_tokens).tolist()
+        going -= {row for row in going if row_tokens[row] == run.tokenizer.end_of_text}
+        if not going:
+            return
+        yield from ((row, row_tokens[row]) for row in sorted(going))
+
+
+def generate_text(
+    run: "Run",
+    prompt: str = "",
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+) -> str:
+    """The prompt and what the run's model makes of it, up to an end of text."""
+    config = SampleConfig(temperature, top_k, top_p, min_p)
+    return prompt + run.tokenizer.decode(token for _, token in sample(run, prompt, config, max_new_tokens, seed=seed))
+
+
+def prompt_tokens(run: "Run", prompt: str, copies: int = 1) -> Tensor:
+    """The start-of-text token and the prompt, `copies` times: (copies, S) int64 on the model's device."""
+    ids = [run.tokenizer.end_of_text, *run.tokenizer.encode_bytes(prompt.encode("utf-8", "surrogateescape")).tolist()]
+    return torch.tensor(ids, device=run.model.embed_tokens.weight.device).expand(copies, -1)
+
+
+def to_stderr(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)

@@ -1,0 +1,130 @@
+"""Write with a trained model.
+
+python sample.py                              one sample from the newest run under out/
+python sample.py out/tiny --prompt "ROMEO:"   continue a prompt
+python sample.py --num-samples 3 --seed 7     several at once, repeatable
+python sample.py -i                           ask again and again
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+import moe
+from moe.checkpoint import Run
+from moe.config import SampleConfig
+from moe.sampling import SamplingError, sample, to_stderr
+
+
+@dataclass(frozen=True)
+class Arguments:
+    run: Annotated[Path | None, tyro.conf.Positional] = None  # a run's folder; by default the newest under out/
+    prompt: str | None = None  # the text to continue; by default the start of a text
+    prompt_file: Path | None = None  # a file with the prompt; - reads standard input
+    interactive: Annotated[bool, tyro.conf.arg(aliases=("-i",))] = False  # a loop of prompts, until an empty one
+    max_new_tokens: int = 300
+    temperature: float = 0.8  # 0: always the most likely token
+    top_k: int = 0  # draw from the k most likely; 0: all
+    top_p: float = 1.0  # draw from the smallest set with this much probability
+    min_p: float = 0.0  # leave out what is less likely than this fraction of the most likely
+    num_samples: int = 1  # made together, as one batch
+    seed: int | None = None
+    json: bool = False  # one JSON object: prompt, samples[{text, tokens}]
+
+
+def read_prompt(args: Arguments) -> str:
+    """The prompt, from wherever it comes. Bytes that are not UTF-8 stay what they are."""
+    if args.prompt is not None and args.prompt_file is not None:
+        raise SamplingError("--prompt and --prompt-file exclude each other")
+    if args.prompt_file is None:
+        return args.prompt or ""
+    try:
+        data = sys.stdin.buffer.read() if str(args.prompt_file) == "-" else args.prompt_file.read_bytes()
+    except OSError as error:
+        raise SamplingError(f"--prompt-file {args.prompt_file}: {error.strerror}") from None
+    return data.decode("utf-8", "surrogateescape")
+
+
+def write(text: str) -> None:
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
+    sys.stdout.buffer.flush()
+
+
+def stream(run: Run, args: Arguments, prompt: str, config: SampleConfig) -> list[list[int]]:
+    """Print a single sample as it is made, several one after the other; their tokens."""
+    alone = args.num_samples == 1 and not args.json
+    texts = [run.tokenizer.stream() for _ in range(args.num_samples)]
+    tokens: list[list[int]] = [[] for _ in range(args.num_samples)]
+    if alone:
+        write(prompt)
+    for row, token in sample(
+        run, prompt, config, args.max_new_tokens, args.num_samples, args.seed, on_overflow=to_stderr
+    ):
+        tokens[row].append(token)
+        if alone:
+            write(texts[row].push(token))
+    if alone:
+        write(texts[0].finish() + "\n")
+    return tokens
+
+
+def show(run: Run, args: Arguments, prompt: str, config: SampleConfig) -> None:
+    tokens = stream(run, args, prompt, config)
+    texts = [run.tokenizer.decode(ids) for ids in tokens]
+    if args.json:
+        readable = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        print(
+            json.dumps(
+                {
+                    "prompt": readable,
+                    "samples": [{"text": text, "tokens": ids} for text, ids in zip(texts, tokens, strict=True)],
+                }
+            )
+        )
+    elif args.num_samples > 1:
+        for number, text in enumerate(texts, 1):
+            write(f"--- sample {number} of {args.num_samples}\n{prompt}{text}\n")
+
+
+def converse(answer: Callable[[str], None]) -> None:
+    print("Write the beginning of a text; an empty line ends.", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            return
+        if not prompt:
+            return
+        answer(prompt)
+
+
+def main() -> int:
+    args = tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        if args.max_new_tokens < 0 or args.num_samples < 1:
+            raise SamplingError("--max-new-tokens must not be negative, and --num-samples at least 1")
+        config = SampleConfig(args.temperature, args.top_k, args.top_p, args.min_p)
+        prompt = read_prompt(args)
+        run = moe.load(args.run)
+        if args.interactive:
+            converse(lambda line: show(run, args, line, config))
+        else:
+            show(run, args, prompt, config)
+    except moe.MoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        sys.stderr.close()
+        return 141
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,353 @@
+"""Train a mixture-of-experts language model.
+
+python train.py                                    preset tiny on the bundled Shakespeare: minutes on a laptop's CPU
+python train.py --preset debug                     seconds, to see that everything works
+python train.py --data my-text.txt --out out/mine  your own text
+python train.py --out out/mine --resume auto       go on where it stopped
+python train.py --model.n-routed-experts 8         any field by its name
+"""
+
+import argparse
+import math
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+import moe
+from moe.checkpoint import (
+    CheckpointError,
+    Run,
+    RunFolder,
+    State,
+    load_model,
+    random_state,
+    seed_everything,
+    set_random_state,
+)
+from moe.config import ConfigError, MoeError, RunConfig, presets
+from moe.corpus import Corpus, prepare
+from moe.data import Batches, TokenStream
+from moe.device import LossFunction, Runtime, resolve, resolve_device, reuse_memory, working_losses
+from moe.lab.pictures import draw_run
+from moe.lab.score import check_length, evaluate
+from moe.metrics import CollapseAlarm, Display, Eta, MetricsLog, Wandb, clock, load_record, routing_record
+from moe.model import Losses, Transformer, count
+from moe.optim import Optimizers
+
+MAY_CHANGE = ("steps", "minutes", "train.eval_interval", "train.save_interval", "train.log_interval", "train.keep_last")
+
+
+class TrainingError(MoeError):
+    """A training that cannot go on."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What holds for this start only and is not stored with the run."""
+
+    out: Path | None = None  # the run's folder; by default out/PRESET, then out/PRESET-2, and so on
+    resume: Literal["never", "auto", "must"] = (
+        "never"  # auto: continue the run in the folder, if there is one; must: or refuse
+    )
+    wandb: Literal["off", "offline", "online"] = "off"
+    plain: bool = False  # lines instead of a progress bar
+    quiet: bool = False  # only what went wrong
+    list_presets: bool = False  # print the presets and stop
+
+
+@dataclass(frozen=True)
+class Arguments:
+    session: Annotated[Session, tyro.conf.arg(name="")] = field(default_factory=Session)
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+
+
+def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
+    """The command line, over the preset it names or over the configuration of the run it continues."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--preset", "--out", "--resume"):
+        first.add_argument(name)
+    known, _ = first.parse_known_args(arguments)
+    name = known.preset or "tiny"
+    if name not in presets():
+        raise ConfigError(f"--preset {name} is not known: there are {', '.join(presets())}")
+    folder = RunFolder(Path(known.out)) if known.out else default_folder(name, new=known.resume in (None, "never"))
+    stored = folder.read_setup()[0] if known.resume in ("auto", "must") and folder.checkpoints() else None
+    base = stored if stored and known.preset in (None, stored.preset) else presets()[name]
+    settings = (tyro.conf.FlagCreatePairsOff,)
+    given = tyro.cli(
+        Arguments, args=arguments, default=Arguments(Session(), base), description=__doc__, config=settings
+    )
+    changed = [name for name in differences(stored, given.run) if name not in MAY_CHANGE] if stored else []
+    if changed:
+        raise CheckpointError(
+            f"{folder.path} began with another {', '.join(changed)}: continue it as it began, or choose another --out"
+        )
+    return given.session, given.run, folder
+
+
+def default_folder(preset: str, new: bool) -> RunFolder:
+    """The first of out/PRESET, out/PRESET-2, ... that does not exist yet; or, to continue, the last that does."""
+    number, names = 1, lambda number: Path("out") / (preset if number == 1 else f"{preset}-{number}")
+    while names(number).exists():
+        number += 1
+    return RunFolder(names(number if new else max(number - 1, 1)))
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """The dotted names of the fields in which two configurations differ."""
+    found = []
+    for item in fields(old):
+        a, b = getattr(old, item.name), getattr(new, item.name)
+        found += differences(a, b, f"{prefix}{item.name}.") if is_dataclass(a) else [f"{prefix}{item.name}"] * (a != b)
+    return found
+
+
+def list_presets() -> None:
+    for name, config in presets().items():
+        size = count(replace(config.model, vocab_size=config.data.vocab_size), config.train.sequence_length)
+        plan = f"{config.steps:,} steps of {config.train.tokens_per_step:,} tokens"
+        print(f"{name:8} {millions(size.total):>8} parameters, {millions(size.active)} active; {plan}")
+
+
+def fit_vocabulary(config: RunConfig, needed: int) -> RunConfig:
+    """The model's vocabulary from the tokenizer's, rounded up as matrix products like it."""
+    given, multiple = config.model.vocab_size, 64 if needed > 1024 else 8
+    if 0 < given < needed:
+        raise ConfigError(
+            f"model.vocab_size = {given} is less than the tokenizer's {needed}: leave it at 0 to follow the tokenizer"
+        )
+    return replace(config, model=replace(config.model, vocab_size=given or -(-needed // multiple) * multiple))
+
+
+def describe(config: RunConfig, corpus: Corpus, reasons: dict[str, str], display: Display, folder: Path) -> None:
+    size, model = count(config.model, config.train.sequence_length), config.model
+    length = f"{config.minutes:g} minutes" if config.minutes else f"{config.steps:,} steps"
+    facts = {
+        "run": str(folder),
+        "text": f"{config.data.source}: {corpus.tokens('train'):,} tokens, vocabulary {corpus.tokenizer.vocab_size:,}",
+        "model": f"{millions(size.total)} parameters, {millions(size.active)} active for a token; "
+        f"{millions(size.training_flops)} FLOP to train on one",
+        "plan": f"{length} of {config.train.tokens_per_step:,} tokens",
+        **reasons,
+    }
+    for name, fact in facts.items():
+        display.say(f"{name:8} {fact}")
+    if model.router_learns_nothing:
+        display.warn(
+            "warning: with num_experts_per_tok = 1 and norm_topk_prob every gate is 1, so the router learns nothing "
+            "from the language-model loss: pass --model.no-norm-topk-prob, or choose 2 experts"
+        )
+    if model.num_moe_layers and not model.balanced:
+        display.warn("warning: load balancing is off, neither bias nor balance loss: expect experts to starve")
+
+
+def millions(number: float) -> str:
+    return f"{number / 1e6:,.2f}M"
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM ask for a checkpoint and an end; a second Ctrl-C does not wait."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def over(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def accumulate(
+    losses_of: LossFunction, batches: list[tuple[Tensor, Tensor]], runtime: Runtime, model: Transformer
+) -> Losses:
+    """Gradients of the mean over the micro-batches; the means of their losses, and the load of all of them together."""
+    global_load = None
+    if model.config.balance_loss == "switch" and model.moe_layers() and len(batches) > 1:
+        with (
+            torch.no_grad(),
+            runtime.autocast(),
+        ):  # this loss weighs by the whole batch's load: route all of it once before
+            global_load = torch.stack([model.losses(*batch).routing.load for batch in batches]).sum(0)  # type: ignore[union-attr]
+    parts = []
+    for tokens, targets in batches:
+        with runtime.autocast():
+            losses = losses_of(tokens, targets, global_load)
+        (losses.objective / len(batches)).backward()
+        parts.append(losses)
+    return Losses.mean(parts)
+
+
+def train(session: Session, config: RunConfig, folder: RunFolder, display: Display, interruption: Interruption) -> None:
+    # -- the run's folder, and how to compute --------------------------------------------------------------------------
+    folder.acquire()
+    resuming = bool(folder.checkpoints())
+    if resuming and session.resume == "never":
+        raise CheckpointError(f"{folder.path} holds a run: continue it with --resume auto, or choose another --out")
+    if not resuming and session.resume == "must":
+        raise CheckpointError(f"--resume must: {folder.path} holds no complete checkpoint to continue from")
+    if resuming:
+        stored, runtime, setup = folder.read_setup()
+        resolve_device(runtime.device)
+        reasons = {name: f"{value}: as the run began" for name, value in asdict(runtime).items()}
+    else:
+        folder.clear()
+        runtime, reasons = resolve(config)
+    torch.set_num_threads(runtime.threads)
+    torch.use_deterministic_algorithms(config.deterministic)
+    if runtime.device == "cpu":
+        reuse_memory()
+
+    # -- text ----------------------------------------------------------------------------------------------------------
+    start = moe.load(config.init_from, "cpu") if config.init_from else None
+    corpus = prepare(config.data, tokenizer=start.tokenizer if start else None, advance=display.advance)
+    display.close()
+    if resuming and setup["tokenizer"] != corpus.tokenizer.hash:
+        raise CheckpointError(
+            f"{config.data.source} is not the text {folder.path} began with: its tokenizer is another"
+        )
+    config = fit_vocabulary(config, corpus.tokenizer.vocab_size)
+    training, validation = TokenStream(corpus, "train"), TokenStream(corpus, "val")
+    characters_per_token = corpus.characters("train") / corpus.tokens("train")
+
+    # -- model and optimizer -------------------------------------------------------------------------------------------
+    seed_everything(config.seed)
+    model = Transformer(config.model)
+    if start:
+        load_model(model, start.checkpoint / "model.safetensors")
+    model.to(runtime.device)
+    optimizers = Optimizers(model, config.optim, runtime.torch_dtype)
+    losses_of = working_losses(model, config, runtime, display.warn)
+    state = folder.restore(model, optimizers) if resuming else State()
+    batch_size, window = config.train.batch_size, config.train.sequence_length
+    batches = Batches(training, batch_size, window, config.seed, state.cursor)
+    check_length(validation, window)
+    describe(config, corpus, reasons, display, folder.path)
+    if state.progress(config) >= 1:
+        return display.say(f"finished {folder.path} has made its {state.step:,} steps: nothing to do")
+    if not resuming or config != stored:
+        facts = {"folder": str(corpus.folder), "tokenizer": corpus.tokenizer.hash}
+        folder.write_setup(config, runtime, corpus.tokenizer, facts)
+    log = MetricsLog(folder.metrics, keep_steps=state.step)
+    alarm = CollapseAlarm(config.model.num_experts_per_tok, state.balance)
+    wandb = Wandb(session.wandb, folder.path, asdict(config), display.warn)
+    if resuming:
+        set_random_state(state.rng)
+    display.start(folder.path.name)
+    eta = Eta(state.progress(config))
+    model.train()
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+    while True:
+        began = time.perf_counter()
+        micro_batches = [batches.next(runtime.device) for _ in range(config.train.gradient_accumulation_steps)]
+        losses = accumulate(losses_of, micro_batches, runtime, model)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf).item()
+        loss = losses.loss.item()
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise TrainingError(
+                f"step {state.step + 1}: the loss is {loss} and the gradient's norm {grad_norm}, so training stops; "
+                f"the last checkpoint in {folder.path} is untouched. Lower --optim.muon-lr and --optim.adam-lr"
+            )
+        lr_share = optimizers.step(state.progress(config))
+        optimizers.zero_grad()
+        load = None
+        if losses.routing is not None:
+            model.update_expert_bias(losses.routing.load)
+            load = losses.routing.load.cpu()
+        took = time.perf_counter() - began
+        state = replace(
+            state, step=state.step + 1, tokens=state.tokens + config.train.tokens_per_step, seconds=state.seconds + took
+        )
+
+        done = state.progress(config) >= 1
+        record = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "seconds": state.seconds,
+            "loss": loss,
+            "nats_per_character": loss / characters_per_token,
+            "grad_norm": grad_norm,
+            "lr_share": lr_share,
+            **routing_record(losses.routing, detailed=done or state.step % config.train.log_interval == 0),
+        }
+        if done or every(config.train.eval_interval, state.step):
+            score, val_load = evaluate(model, validation, window, runtime.autocast)
+            record |= score.record() | {f"val_{name}": value for name, value in load_record(val_load).items()}
+        log.write(record)
+        wandb.log(record)
+        display.step(record, state.progress(config), config.train.tokens_per_step / took, eta(state.progress(config)))
+        if (warning := alarm.check(load)) is not None:
+            display.warn(warning)
+        ending = done or interruption.asked
+        if ending or every(config.train.save_interval, state.step):
+            epoch, place = batches.cursor.epoch, batches.cursor.window
+            state = replace(state, epoch=epoch, window=place, rng=random_state(), balance=alarm.streaks)
+            checkpoint = folder.save(model, optimizers.state(), state, config.train.keep_last)
+        if ending:
+            break
+    log.close()
+    wandb.close()
+    display.close()
+
+    # -- what came of it -----------------------------------------------------------------------------------------------
+    if not done:
+        again = f"python train.py --out {folder.path} --resume auto"
+        return display.say(f"\nstopped and saved after step {state.step:,}; go on with: {again}")
+    display.say(f"\ntrained  {state.step:,} steps in {clock(state.seconds)}; checkpoint {checkpoint}")
+    display.say(
+        f"result   {record['val_nats_per_character']:.4f} nats per character, {record['val_bits_per_byte']:.4f} bits "
+        f"per byte, {record['val_loss']:.4f} nats per token on the whole validation split"
+    )
+    if val_load is not None:
+        balance = f"MaxVio {record['val_max_vio']:.2f} in the worst layer, {record['val_dead_experts']} dead experts"
+        display.say(f"balance  over the validation split: {balance}")
+    display.say(f"picture  {draw_run(folder.path)}")
+    run = Run(model.eval(), corpus.tokenizer, config, checkpoint)
+    display.say(f"sample\n{moe.generate_text(run, max_new_tokens=200, seed=config.seed).strip()}\n")
+    display.say(
+        f'next     python sample.py {folder.path} --prompt "ROMEO:"\n         python train.py --data YOUR-TEXT.txt'
+    )
+
+
+def every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        session, config, folder = parse(arguments)
+        if session.list_presets:
+            list_presets()
+            return 0
+        display, interruption = Display(session.plain, session.quiet, config.train.log_interval), Interruption()
+        try:
+            train(session, config, folder, display, interruption)
+        finally:
+            display.close()
+            interruption.over()
+            folder.lock.release()
+    except MoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        advice = "lower --train.batch-size and raise --train.gradient-accumulation-steps by as much"
+        print(f"error: out of GPU memory: {advice}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
