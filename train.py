@@ -296,7 +296,6 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
             checkpoint = folder.save(model, optimizers.state(), state, config.train.keep_last)
         if ending:
             break
-    log.close()
     wandb.close()
     display.close()
 

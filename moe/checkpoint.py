@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moe.config import MoeError, RunConfig, from_dict, to_dict
+from moe.config import ConfigError, MoeError, RunConfig, from_dict, to_dict
 from moe.data import Cursor
 from moe.device import Runtime, describe, resolve_device
 from moe.model import Transformer
@@ -219,7 +219,7 @@ def verify(checkpoint: Path) -> None:
             path, expected = checkpoint / name, files[name]
             if path.stat().st_size != expected["size"] or sha256_of(path) != expected["sha256"]:
                 raise CheckpointError(
-                    f"{path} is damaged, its size or sha256 is not the manifest's: remove {checkpoint.name} to use an older one"
+                    f"{path} is damaged, its size or sha256 is not the manifest's: remove the folder to use an older"
                 )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint}: {error}") from None
@@ -259,7 +259,7 @@ def load_model(model: nn.Module, path: Path) -> None:
 def read_state(checkpoint: Path) -> State:
     try:
         return from_dict(State, json.loads((checkpoint / "state.json").read_text("utf-8")), "state")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ConfigError) as error:
         raise CheckpointError(f"{checkpoint / 'state.json'}: {error}") from None
 
 

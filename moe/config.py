@@ -20,7 +20,7 @@ class MoeError(Exception):
     print no more than it."""
 
 
-class ConfigError(MoeError, ValueError):
+class ConfigError(MoeError):
     """A configuration that cannot work."""
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from moe.config import DataConfig, MoeError, from_dict
+from moe.config import ConfigError, DataConfig, MoeError, from_dict
 from moe.tokenizer import Tokenizer, bytes_tokenizer, gpt2_tokenizer, train_bpe
 
 HEADER = 4096
@@ -90,7 +90,7 @@ def read_header(path: Path) -> ShardHeader:
         with open(path, "rb") as file:
             header = from_dict(ShardHeader, json.loads(file.read(HEADER)), path.name)
         size = path.stat().st_size
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, ConfigError) as error:
         raise CorpusError(f"{path}: not a token shard ({error}): prepare the text again") from None
     if header.format != 1 or header.dtype not in ("uint16", "uint32") or header.tokens < 0:
         raise CorpusError(f"{path}: format {header.format} with {header.dtype} ids is not known here")

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -72,35 +72,28 @@ class CollapseAlarm:
         if not struck:
             return None
         return (
-            f"ALARM: routing has collapsed in MoE layer {', '.join(struck)}: most tokens go to a few "
-            "experts, the others learn nothing. Raise --model.bias-update-speed or --model.aux-loss-alpha, or lower --optim.router-lr"
+            f"ALARM: routing has collapsed in MoE layer {', '.join(struck)}: a few experts get most tokens, the others "
+            "learn nothing. Raise --model.bias-update-speed or --model.aux-loss-alpha, or lower --optim.router-lr"
         )
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object a line, flushed as it is written."""
+    """`metrics.jsonl`: one object a line, on disk before the next step."""
 
     def __init__(self, path: Path, keep_steps: int = 0) -> None:
         """keep_steps: what an earlier process wrote for later steps, and a torn last line, are cut off."""
-        kept = (
-            [json.dumps(record) for record in read_metrics(path) if record["step"] <= keep_steps]
-            if path.exists() and keep_steps
-            else []
-        )
+        self.path = path
+        kept = [record for record in read_metrics(path) if record["step"] <= keep_steps] if path.exists() else []
         passing = path.with_name(f".{path.name}.{os.getpid()}")
-        passing.write_text("".join(line + "\n" for line in kept), "utf-8")
+        passing.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
         os.replace(passing, path)
-        self.file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115, closed in close()
 
     def write(self, record: Record) -> None:
         try:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
         except OSError as error:
-            raise MoeError(f"{self.file.name}: cannot be written: {error.strerror}") from None
-
-    def close(self) -> None:
-        self.file.close()
+            raise MoeError(f"{self.path}: cannot be written: {error.strerror}") from None
 
 
 def read_metrics(path: Path) -> list[Record]:

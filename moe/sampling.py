@@ -26,7 +26,8 @@ def draw(logits: Tensor, config: SampleConfig, generator: torch.Generator | None
     """One token for each row: temperature, then top-k, top-p and min-p, then chance. (B, V) float -> (B,) int64."""
     if config.temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / config.temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(config.temperature, 1e-20)  # 0 at most: nothing overflows
     if 0 < config.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(config.top_k).values[..., -1:], -torch.inf)
     if config.top_p < 1:

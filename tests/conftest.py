@@ -1,0 +1,66 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import train
+from moe.config import ModelConfig
+from moe.model import Transformer
+
+TEXT = Path(__file__).parent.parent / "data" / "tinyshakespeare" / "input.txt"
+SMALL = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=3,
+    max_position_embeddings=32,
+    initializer_range=0.2,
+    num_attention_heads=2,
+    kv_lora_rank=12,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    intermediate_size=48,
+    n_routed_experts=8,
+    moe_intermediate_size=16,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small() -> ModelConfig:
+    return SMALL
+
+
+def build(config: ModelConfig = SMALL, **changes) -> Transformer:
+    """A model whose every weight, norm and expert bias is random and away from its resting value."""
+    model = Transformer(replace(config, **changes))
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            nn.init.uniform_(weight, 0.5, 1.5)
+        elif name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
+            nn.init.normal_(weight, std=0.2)
+    for layer in model.moe_layers():
+        nn.init.normal_(layer.router.expert_bias, std=0.2)
+    return model
+
+
+def run_training(*arguments: str) -> int:
+    return train.main(["--preset", "debug", "--plain", *map(str, arguments)])
+
+
+@pytest.fixture(scope="session")
+def debug_run(tmp_path_factory) -> Path:
+    """A finished run of preset debug, as bytes so that any text has a price of its own. Not to be written to."""
+    folder = tmp_path_factory.mktemp("run") / "debug"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
+        assert run_training("--out", folder, "--data", TEXT, "--quiet") == 0
+    return folder

@@ -1,0 +1,255 @@
+"""What a run leaves on disk: continued to the last bit, written whole, refused when damaged."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXT, run_training
+
+import moe
+import train
+from moe.checkpoint import CheckpointError, RunFolder, load_tensors, verify
+from moe.metrics import MetricsLog, read_metrics
+
+ROOT = Path(__file__).parent.parent
+# Accumulation, dropout, both balance losses' terms, an epoch's end: 20 steps of 4 x 2 windows of 16 from about 60.
+FEATURES = (
+    *("--train.gradient-accumulation-steps", "2", "--model.hidden-dropout", "0.2", "--model.router-z-loss", "0.01"),
+    *("--train.batch-size", "4", "--train.sequence-length", "16", "--data.tokenizer", "bytes", "--steps", "20"),
+)
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT.read_text()[:1100])
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    """Press Ctrl-C during a step."""
+    original = train.Optimizers.step
+    calls = []
+
+    def counted(self, progress):
+        calls.append(progress)
+        if len(calls) == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, progress)
+
+    monkeypatch.setattr(train.Optimizers, "step", counted)
+
+
+def without_times(path: Path) -> list[dict]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in read_metrics(path)]
+
+
+@pytest.mark.parametrize("features", [(), ("--model.balance-loss", "switch", "--optim.schedule", "cosine")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_to_the_last_bit(text, monkeypatch, features, dtype):
+    options = ("--data", text, *FEATURES, *features, "--dtype", dtype)
+    assert run_training("--out", "whole", *options) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        assert run_training("--out", "parts", *options) == 0
+    assert [path.name for path in RunFolder(Path("parts")).checkpoints()] == ["00000007"]
+    assert run_training("--out", "parts", *options, "--resume", "auto") == 0
+    whole, parts = (RunFolder(Path(name)) for name in ("whole", "parts"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        tensors = [load_tensors(run.checkpoints()[-1] / name) for run in (whole, parts)]
+        assert tensors[0].keys() == tensors[1].keys()
+        assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+    states = [json.loads((run.checkpoints()[-1] / "state.json").read_text()) | {"seconds": 0} for run in (whole, parts)]
+    assert states[0] == states[1]
+    assert states[0]["step"] == 20
+    assert states[0]["epoch"] > 0
+    assert without_times(whole.metrics) == without_times(parts.metrics)
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint_without_gaps_or_doubles(text):
+    options = ["--data", text, "--out", "run", *FEATURES, "--train.save-interval", "5", "--resume", "auto"]
+    command = [sys.executable, "-c", KILLED, "--preset", "debug", "--plain", *map(str, options)]
+    killed = subprocess.run(command, cwd=Path.cwd(), env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert RunFolder(Path("run")).checkpoints()[-1].name == "00000010"
+    assert len(read_metrics(Path("run/metrics.jsonl"))) == 12
+    with open("run/metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "lo')
+    assert run_training(*options) == 0
+    assert [record["step"] for record in read_metrics(Path("run/metrics.jsonl"))] == list(range(1, 21))
+
+
+KILLED = """
+import os, signal, sys
+import torch, train
+torch.set_num_threads(1)
+original = train.Optimizers.step
+calls = []
+def step(self, progress):
+    calls.append(1)
+    if len(calls) == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, progress)
+train.Optimizers.step = step
+train.main(sys.argv[1:])
+"""
+
+
+def test_resume_keeps_its_word(text, capsys):
+    options = ("--out", "run", "--data", text, *FEATURES)
+    assert run_training(*options, "--resume", "must") == 2
+    assert "holds no complete checkpoint" in capsys.readouterr().err
+    assert run_training(*options, "--resume", "auto") == 0
+    files = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert run_training(*options) == 2
+    assert "--resume auto" in capsys.readouterr().err
+    assert run_training(*options, "--resume", "auto") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert run_training(*options, "--resume", "must", "--optim.muon-lr", "0.5") == 2
+    assert "optim.muon_lr" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == files
+    assert run_training("--out", "run", "--resume", "auto", "--steps", "22") == 0  # further than first planned
+    assert len(read_metrics(Path("run/metrics.jsonl"))) == 22
+    assert run_training("--out", "run", "--resume", "auto") == 0
+
+
+def test_leftovers_of_a_start_killed_before_its_first_checkpoint_are_started_over(text):
+    assert run_training("--out", "run", "--data", text, *FEATURES) == 0
+    for checkpoint in RunFolder(Path("run")).checkpoints():
+        (checkpoint / "manifest.json").unlink()
+    for resume in ("auto", "never"):
+        assert run_training("--out", "run", "--data", text, *FEATURES, "--steps", "3", "--resume", resume) == 0
+        assert [record["step"] for record in read_metrics(Path("run/metrics.jsonl"))] == [1, 2, 3]
+        (RunFolder(Path("run")).checkpoints()[-1] / "manifest.json").unlink()
+
+
+def test_a_folder_with_somebody_elses_files_is_left_alone(text, capsys):
+    Path("theirs").mkdir()
+    Path("theirs/config.json").write_text('{"model_type": "deepseek_v3"}')
+    assert run_training("--out", "theirs", "--data", text, *FEATURES) == 2
+    assert "no training run made" in capsys.readouterr().err
+    assert Path("theirs/config.json").read_text() == '{"model_type": "deepseek_v3"}'
+
+
+def test_a_folder_in_use_is_refused(text, capsys):
+    folder = RunFolder(Path("run"))
+    folder.acquire()
+    other = RunFolder(Path("run"))
+    with pytest.raises(CheckpointError, match="in use"):
+        other.acquire()
+    folder.lock.release()
+    other.acquire()
+    other.lock.release()
+
+
+def test_without_a_folder_named_no_run_is_written_over_another(text):
+    for _ in range(2):
+        assert run_training("--data", text, *FEATURES, "--steps", "1") == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == ["data", "debug", "debug-2"]
+    assert moe.checkpoint.newest_run() == Path("out/debug-2")
+
+
+def test_old_checkpoints_go_and_the_newest_stay(text):
+    options = ("--data", text, *FEATURES, "--train.save-interval", "4", "--train.keep-last", "3")
+    assert run_training("--out", "run", *options) == 0
+    assert [int(path.name) for path in RunFolder(Path("run")).checkpoints()] == [12, 16, 20]
+    assert [path for path in Path("run/checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.fixture
+def copy(debug_run, tmp_path) -> Path:
+    shutil.copytree(debug_run, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def damage_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("how", [damage_byte, lambda path: path.write_bytes(path.read_bytes()[:-9]), Path.unlink])
+def test_a_damaged_checkpoint_is_refused_by_name(copy, name, how):
+    checkpoint = RunFolder(copy).checkpoints()[-1]
+    verify(checkpoint)
+    how(checkpoint / name)
+    with pytest.raises(CheckpointError, match=name):
+        moe.load(copy)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": 3}', "\x00"])
+def test_a_damaged_manifest_or_config_is_an_error_of_our_own(copy, content):
+    (RunFolder(copy).checkpoints()[-1] / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError):
+        moe.load(copy)
+    (copy / "config.json").write_text(content)
+    with pytest.raises(moe.MoeError):
+        RunFolder(copy).read_setup()
+
+
+def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(copy):
+    from moe.tokenizer import bytes_tokenizer
+
+    (copy / "tokenizer.json").write_text(json.dumps(bytes_tokenizer().to_json()))
+    with pytest.raises(CheckpointError, match="not the tokenizer this run was trained with"):
+        moe.load(copy)
+
+
+def test_a_failing_disk_leaves_the_checkpoint_before(text, monkeypatch, capsys):
+    original = moe.checkpoint.sync
+
+    def full(path):
+        if path.name == "optimizer.safetensors" and "00000010" in str(path):
+            raise OSError(28, "No space left on device")
+        original(path)
+
+    monkeypatch.setattr(moe.checkpoint, "sync", full)
+    assert run_training("--out", "run", "--data", text, *FEATURES, "--train.save-interval", "5") == 2
+    assert "No space left" in capsys.readouterr().err
+    folder = RunFolder(Path("run"))
+    assert [path.name for path in folder.checkpoints()] == ["00000005"]
+    assert [path.name for path in (Path("run/checkpoints")).iterdir()] == ["00000005"]
+    verify(folder.checkpoints()[-1])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_checkpoint(text, monkeypatch, capsys):
+    original, calls = train.accumulate, []
+
+    def broken(*arguments):
+        losses = original(*arguments)
+        calls.append(1)
+        return losses._replace(loss=losses.loss * np.nan) if len(calls) == 8 else losses
+
+    monkeypatch.setattr(train, "accumulate", broken)
+    assert run_training("--out", "run", "--data", text, *FEATURES, "--train.save-interval", "5") == 2
+    assert "step 8: the loss is nan" in capsys.readouterr().err
+    assert [path.name for path in RunFolder(Path("run")).checkpoints()] == ["00000005"]
+    assert len(read_metrics(Path("run/metrics.jsonl"))) == 7
+
+
+def test_metrics_are_whole_lines_and_a_torn_last_one_is_skipped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 0.1 + 0.2})
+    assert read_metrics(path)[0]["loss"] == 0.1 + 0.2  # unrounded
+    path.write_text(path.read_text() + '{"step": 4')
+    assert len(read_metrics(path)) == 3
+    MetricsLog(path, keep_steps=2)
+    assert len(read_metrics(path)) == 2
+    path.write_text("nonsense\n")
+    with pytest.raises(moe.MoeError, match="line 1"):
+        read_metrics(path)

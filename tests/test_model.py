@@ -1,0 +1,173 @@
+"""The whole model: against transformers, under accumulation, and what it counts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import build
+
+from moe.config import ConfigError, ModelConfig, presets
+from moe.device import Runtime
+from moe.experts import MLP
+from moe.model import IGNORE, Transformer, count
+from moe.optim import Optimizers
+from train import accumulate
+
+CPU = Runtime("cpu", "float32", False, "auto", 1)
+
+
+def transformers_twin(model: Transformer):
+    """The same weights in transformers' DeepseekV3ForCausalLM."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config, names = model.config, DeepseekV3Config().to_dict().keys()
+    shared = {name: value for name, value in vars(config).items() if name in names}
+    theirs = DeepseekV3Config(**shared, num_key_value_heads=config.num_attention_heads, attn_implementation="eager")
+    theirs.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
+    twin = DeepseekV3ForCausalLM(theirs).eval()
+    ours = {
+        (name if name.startswith("lm_head") else f"model.{name}")
+        .replace("router.weight", "gate.weight")
+        .replace("router.expert_bias", "gate.e_score_correction_bias"): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    for name in [name for name in ours if name.endswith("gate_up_proj.weight")]:  # a dense layer's, there two matrices
+        for part, tensor in zip(("gate_proj", "up_proj"), ours.pop(name).chunk(2), strict=True):
+            ours[name.replace("gate_up_proj", part)] = tensor
+    for name in [name for name in ours if name.endswith("mlp.gate_up_proj") or name.endswith("mlp.down_proj")]:
+        ours[name.replace("mlp.", "mlp.experts.")] = ours.pop(name)
+    twin.load_state_dict(ours, strict=True)
+    return twin
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"q_lora_rank": 10, "first_k_dense_replace": 0},
+        {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 3, "routed_scaling_factor": 2.5},
+        {"norm_topk_prob": False, "n_shared_experts": 2, "v_head_dim": 12},
+    ],
+)
+@torch.no_grad()
+def test_logits_are_those_of_transformers_deepseek_v3(changes):
+    model = build(**changes)
+    tokens = torch.randint(64, (2, 20))
+    wanted = transformers_twin(model)(tokens).logits
+    assert (model(tokens) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def test_logits_are_float32_of_the_promised_shape():
+    assert build()(torch.randint(64, (2, 7))).shape == (2, 7, 64)
+    assert build().bfloat16()(torch.randint(64, (2, 7))).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["sequence", "switch"])
+@pytest.mark.parametrize("first_k_dense_replace", [1, 3])
+def test_accumulation_is_one_large_batch(small, kind, first_k_dense_replace):
+    config = replace(small, balance_loss=kind, aux_loss_alpha=0.3, router_z_loss=0.1)
+    model = Transformer(replace(config, first_k_dense_replace=first_k_dense_replace))
+    tokens = torch.randint(64, (6, 16))
+    gradients, results = [], []
+    for micro_batches in ([tokens], list(tokens.split(2))):
+        model.zero_grad()
+        results.append(accumulate(model.losses, [(part, part.roll(-1, 1)) for part in micro_batches], CPU, model))
+        gradients.append([weight.grad.clone() for weight in model.parameters()])
+    torch.testing.assert_close(results[0].loss, results[1].loss)
+    torch.testing.assert_close(results[0].objective, results[1].objective)
+    for one, several in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, several, rtol=1e-3, atol=1e-6)
+    if first_k_dense_replace == 1:
+        assert torch.equal(results[0].routing.load, results[1].routing.load)
+        assert results[0].routing.load.sum(-1).tolist() == [6 * 16 * 2] * 2
+
+
+def test_the_bias_moves_once_per_step_by_the_load_of_all_micro_batches(small):
+    model = Transformer(replace(small, bias_update_speed=0.1))
+    tokens = torch.randint(64, (4, 16))
+    losses = accumulate(model.losses, [(part, part) for part in tokens.split(1)], CPU, model)
+    model.update_expert_bias(losses.routing.load)
+    for layer, load in zip(model.moe_layers(), losses.routing.load.float(), strict=True):
+        step = 0.1 * (load.mean() - load).sign()
+        torch.testing.assert_close(layer.router.expert_bias, step - step.mean())
+
+
+def test_it_overfits_one_batch(small):
+    model = Transformer(replace(small, initializer_range=0.1))
+    optimizers = Optimizers(model, presets()["tiny"].optim)
+    tokens = torch.randint(64, (4, 17))
+    for _ in range(60):
+        losses = accumulate(model.losses, [(tokens[:, :-1], tokens[:, 1:])], CPU, model)
+        optimizers.step(0.1)
+        optimizers.zero_grad()
+        model.update_expert_bias(losses.routing.load)
+    assert losses.loss < 0.1
+
+
+def test_targets_of_minus_100_are_not_scored(small):
+    model, (tokens, targets) = build(), torch.randint(64, (2, 2, 8))
+    masked = targets.clone()
+    masked[:, 4:] = IGNORE
+    cut = model.losses(tokens[:, :4], targets[:, :4]).loss
+    torch.testing.assert_close(model.losses(tokens, masked).loss, cut)
+
+
+def test_every_weight_learns_from_the_loss():
+    model = build()
+    tokens = torch.randint(64, (4, 32))
+    model.losses(tokens, tokens.roll(-1, 1)).loss.backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()] == []
+
+
+def test_a_fresh_model_knows_nothing_and_says_so_evenly():
+    config = replace(presets()["tiny"].model, vocab_size=512)
+    tokens = torch.randint(512, (4, 64))
+    with torch.no_grad():
+        loss = Transformer(config).losses(tokens, tokens.roll(-1, 1)).loss
+    assert loss.item() == pytest.approx(torch.tensor(512.0).log().item(), abs=0.05)
+
+
+def test_tied_embeddings_are_one_tensor(small):
+    model = Transformer(replace(small, tie_word_embeddings=True))
+    assert model.lm_head.weight is model.embed_tokens.weight
+    assert count(model.config).total == sum(weight.numel() for weight in model.parameters())
+
+
+def test_dropout_acts_in_training_alone(small):
+    model = Transformer(replace(small, hidden_dropout=0.5))
+    tokens = torch.randint(64, (2, 8))
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_parameter_counts_worked_by_hand(small):
+    attention = 32 * 2 * 12 + 32 * (12 + 4) + 12 + 12 * 2 * (8 + 8) + 2 * 8 * 32
+    dense, expert, router = 3 * 32 * 48, 3 * 32 * 16, 8 * 32
+    per_layer = attention + 2 * 32
+    total = 3 * per_layer + dense + 2 * (8 * expert + expert + router) + 32 + 2 * 64 * 32
+    size = count(small, sequence_length=31)
+    assert size.total == total == sum(weight.numel() for weight in Transformer(small).parameters())
+    assert size.active == total - 2 * 6 * expert - 64 * 32
+    assert size.attention_flops == 3 * 2 * 2 * (12 + 8) * 16  # layers, 2 FLOP, heads, widths, mean window
+
+
+def test_the_dense_twin_has_the_same_active_parameters_but_for_the_router():
+    tiny, dense = (replace(presets()[name].model, vocab_size=512) for name in ("tiny", "dense"))
+    router = tiny.num_moe_layers * tiny.n_routed_experts * tiny.hidden_size
+    assert count(tiny).active - router == count(dense).active
+    assert not any(not isinstance(block.mlp, MLP) for block in Transformer(dense).blocks())
+
+
+def test_initial_outputs_to_the_residual_stream_are_scaled_by_depth():
+    model = Transformer(ModelConfig(num_hidden_layers=8))
+    stds = {name: weight.std().item() for name, weight in model.named_parameters() if weight.ndim > 1}
+    assert stds["layers.3.self_attn.kv_b_proj.weight"] == pytest.approx(0.02, rel=0.05)
+    assert stds["layers.3.self_attn.o_proj.weight"] == pytest.approx(0.005, rel=0.05)
+    assert stds["layers.3.mlp.down_proj"] == pytest.approx(0.005, rel=0.05)
+    assert stds["layers.3.mlp.shared_experts.down_proj.weight"] == pytest.approx(0.005, rel=0.05)
+
+
+def test_a_model_without_a_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match="vocab_size"):
+        Transformer(ModelConfig(vocab_size=0))

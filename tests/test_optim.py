@@ -1,0 +1,83 @@
+"""Muon on stacks, who is optimized by what, and the schedules."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import build
+
+from moe.config import OptimConfig
+from moe.model import Transformer
+from moe.optim import Muon, Optimizers, lr_share, orthogonalize, sort_parameters
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 24, 8), (2, 8, 24)])
+def test_orthogonalized_matrices_have_singular_values_near_one_and_the_same_directions(shape):
+    matrices = torch.randn(shape)
+    result = orthogonalize(matrices)
+    assert torch.linalg.svdvals(result).sub(1).abs().max() < 0.35
+    u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
+    alignment = (result * (u @ vt)).sum() / (result.norm() * (u @ vt).norm())
+    assert alignment > 0.98
+
+
+def test_each_expert_and_each_fused_half_is_orthogonalized_by_itself():
+    torch.manual_seed(0)
+    stack = torch.nn.Parameter(torch.randn(4, 2 * 6, 10))
+    parts = [torch.nn.Parameter(part.clone()) for part in stack.detach().unflatten(1, (2, 6)).flatten(0, 1)]
+    grad = torch.randn_like(stack)
+    grad[1] *= 1e3  # another expert's large gradient must not drown the others
+    stack.grad = grad
+    for part, gradient in zip(parts, grad.unflatten(1, (2, 6)).flatten(0, 1), strict=True):
+        part.grad = gradient.clone()
+    for weights, fused in (([stack], 2), (parts, 1)):
+        optimizer = Muon([{"params": weights, "fused": fused}], 0.95, 0.1, torch.float32)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        optimizer.step()
+    torch.testing.assert_close(
+        stack.detach().unflatten(1, (2, 6)).flatten(0, 1), torch.stack([p.detach() for p in parts])
+    )
+
+
+def test_every_parameter_is_in_exactly_one_group(small):
+    model = Transformer(replace(small, q_lora_rank=8))
+    groups = sort_parameters(model)
+    assert {name for name, members in groups.items() if not members} == set()
+    names = {weight: name for name, weight in model.named_parameters()}
+    assert [names[weight] for weight in groups["router"]] == [f"layers.{i}.mlp.router.weight" for i in (1, 2)]
+    assert {names[weight] for weight in groups["embeddings"]} == {"embed_tokens.weight", "lm_head.weight"}
+    optimizers = Optimizers(model, OptimConfig())
+    handled = [weight for each in optimizers.both for group in each.param_groups for weight in group["params"]]
+    assert len(handled) == len(set(handled)) == len(names)
+
+
+def test_the_state_of_both_optimizers_survives_a_round_trip():
+    def steps(model, optimizers, count):
+        for _ in range(count):
+            tokens = torch.randint(64, (2, 16))
+            model.losses(tokens, tokens).objective.backward()
+            optimizers.step(0.5)
+            optimizers.zero_grad()
+
+    one, other = build(), build()
+    first, second = Optimizers(one, OptimConfig()), Optimizers(other, OptimConfig())
+    steps(one, first, 2)
+    other.load_state_dict(one.state_dict())
+    second.load_state({name: tensor.clone() for name, tensor in first.state()})
+    for model, optimizers in ((one, first), (other, second)):
+        torch.manual_seed(9)
+        steps(model, optimizers, 2)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_the_schedule_warms_up_stays_and_decays():
+    config = OptimConfig(warmup=0.1, decay=0.5, final_lr=0.2)
+    assert [lr_share(at, config) for at in (0.05, 0.1, 0.3, 0.5)] == pytest.approx([0.5, 1, 1, 1])
+    assert [lr_share(at, config) for at in (0.75, 1.0)] == pytest.approx([0.6, 0.2])
+    assert 0 < lr_share(0.0, config) <= 0.1
+
+
+def test_the_cosine_falls_from_one_to_the_floor():
+    config = OptimConfig(schedule="cosine", warmup=0.0, final_lr=0.1)
+    assert [lr_share(at, config) for at in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.55, 0.1])

@@ -1,0 +1,107 @@
+"""Cached and uncached write the same; the filters do what they say."""
+
+import pytest
+import torch
+from conftest import build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moe
+from moe.config import ConfigError, SampleConfig
+from moe.sampling import SamplingError, draw
+
+
+@pytest.mark.parametrize("prompt_length", [1, 10, 32, 50])
+def test_cached_and_uncached_write_the_same_200_tokens_beyond_the_context_too(prompt_length, capsys):
+    model = build().eval()
+    tokens = torch.randint(64, (2, prompt_length))
+    cached = moe.generate(model, tokens, max_new_tokens=200, temperature=0.0)
+    uncached = moe.generate(model, tokens, max_new_tokens=200, temperature=0.0, use_cache=False)
+    assert cached.shape == (2, prompt_length + 200)
+    assert cached.equal(uncached)
+    assert cached[:, :prompt_length].equal(tokens)
+    assert capsys.readouterr().err.count("longer than the context") == 2  # once for each call
+
+
+def test_greedy_decoding_is_the_argmax_of_the_plain_forward():
+    model = build().eval()
+    out = moe.generate(model, torch.tensor([[1, 2, 3]]), 20, temperature=0.0)
+    with torch.no_grad():
+        assert model(out[:, :-1]).argmax(-1)[:, 2:].equal(out[:, 3:])
+
+
+def test_a_seed_repeats_itself_and_rows_of_a_batch_differ():
+    model, tokens = build().eval(), torch.ones(3, 4, dtype=torch.int64)
+    first, again = (moe.generate(model, tokens, 20, seed=5) for _ in range(2))
+    assert first.equal(again)
+    assert not first[0].equal(first[1])
+    assert not first.equal(moe.generate(model, tokens, 20, seed=6))
+
+
+def test_generate_stops_at_no_token_unless_told_and_leaves_the_mode_alone():
+    model = build().train()
+    tokens = torch.tensor([[1], [2]])
+    greedy = moe.generate(model, tokens, 12, temperature=0.0)
+    stop = greedy[0, 4].item()
+    told = moe.generate(model, tokens, 12, temperature=0.0, stop=stop)
+    first = (greedy[0, 1:] == stop).nonzero()[0].item() + 1
+    assert told[0, : first + 1].equal(greedy[0, : first + 1])
+    assert (told[0, first:] == stop).all()
+    assert model.training
+
+
+def test_padding_of_the_vocabulary_is_never_drawn():
+    model = build().eval()
+    out = moe.generate(model, torch.ones(8, 1, dtype=torch.int64), 40, temperature=5.0, vocab_size=10)
+    assert out.max() < 10
+
+
+def frequencies(logits, **settings) -> torch.Tensor:
+    drawn = draw(logits.expand(4000, -1), SampleConfig(**settings), torch.Generator().manual_seed(0))
+    return torch.bincount(drawn, minlength=logits.shape[-1]) / 4000
+
+
+def test_chances_follow_the_softmax_at_the_temperature():
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    for temperature in (0.5, 1.0, 2.0):
+        wanted = (logits[0] / temperature).softmax(-1)
+        torch.testing.assert_close(frequencies(logits, temperature=temperature), wanted, rtol=0, atol=0.03)
+
+
+def test_each_filter_keeps_exactly_what_it_promises():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    kept = lambda **settings: frequencies(logits, **{"temperature": 1.0} | settings).nonzero().flatten().tolist()  # noqa: E731
+    assert kept(top_k=2) == [0, 1]
+    assert kept(top_p=0.69) == [0, 1]
+    assert kept(top_p=0.71) == [0, 1, 2]
+    assert kept(top_p=1e-6) == [0]
+    assert kept(min_p=0.6) == [0, 1]
+    assert kept(min_p=1.0) == [0]
+    assert kept(top_k=3, min_p=0.6) == [0, 1]
+    assert kept(top_k=100) == [0, 1, 2, 3]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0, 3), st.integers(0, 9), st.floats(0.01, 1), st.floats(0, 1))
+def test_no_setting_leaves_nothing_to_draw(temperature, top_k, top_p, min_p):
+    drawn = draw(torch.randn(3, 7), SampleConfig(temperature, top_k, top_p, min_p))
+    assert ((drawn >= 0) & (drawn < 7)).all()
+
+
+@pytest.mark.parametrize("setting", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}])
+def test_impossible_settings_are_refused_by_name(setting):
+    with pytest.raises(ConfigError, match=next(iter(setting))):
+        SampleConfig(**setting)
+
+
+def test_tokens_without_a_position_are_refused():
+    with pytest.raises(SamplingError, match=r"\(1, 0\)"):
+        moe.generate(build(), torch.zeros(1, 0, dtype=torch.int64), 1)
+
+
+def test_text_generation_continues_the_prompt(debug_run):
+    run = moe.load(debug_run)
+    text = moe.generate_text(run, "ROMÉO:", max_new_tokens=30, seed=1)
+    assert text.startswith("ROMÉO:")
+    assert len(text) > 20
+    assert text == moe.generate_text(run, "ROMÉO:", max_new_tokens=30, seed=1)

@@ -1,0 +1,82 @@
+"""The price of a text: complete, causal, and the same as training's."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, TEXT, build
+
+import moe
+from moe.checkpoint import Run
+from moe.config import RunConfig, TrainConfig
+from moe.lab.score import ScoreError, overlapping_windows, prices_of, score
+from moe.metrics import read_metrics
+from moe.model import Transformer
+from moe.tokenizer import bytes_tokenizer
+
+
+@pytest.fixture
+def bytes_run(tmp_path):
+    torch.manual_seed(0)
+    model = build(vocab_size=264).eval()
+    config = RunConfig(model=model.config, train=TrainConfig(sequence_length=32))
+    return Run(model, bytes_tokenizer(), config, tmp_path)
+
+
+@pytest.mark.parametrize("windows", ["overlapping", "separate"])
+def test_random_bytes_cost_about_eight_bits_each_under_an_untrained_model(bytes_run, windows):
+    run = replace(bytes_run, model=Transformer(replace(SMALL, vocab_size=264, initializer_range=0.02)).eval())
+    result = score(run, np.random.default_rng(0).bytes(3000), windows)
+    assert (result.bytes, result.tokens) == (3000, 3000)
+    assert result.to_json()["bits_per_byte"] == pytest.approx(math.log2(264), abs=0.05)
+
+
+@pytest.mark.parametrize("windows", ["overlapping", "separate"])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 47, 48, 49, 100])
+def test_appending_text_changes_no_earlier_price(bytes_run, windows, length):
+    data = np.random.default_rng(1).bytes(150)
+    whole, part = prices_of(bytes_run, data, windows), prices_of(bytes_run, data[:length], windows)
+    assert (len(whole), len(part)) == (150, length)
+    np.testing.assert_allclose(part, whole[:length], rtol=1e-4)
+
+
+def test_each_price_is_the_models_own_given_at_least_half_a_window(bytes_run):
+    data = np.random.default_rng(2).bytes(100)
+    ids = torch.tensor([bytes_run.tokenizer.end_of_text, *data])
+    prices = prices_of(bytes_run, data)
+    for place in (0, 5, 31, 32, 60, 99):
+        start = 0 if place < 32 else (place - 32) // 16 * 16 + 16
+        assert place < 32 or 16 <= place - start < 32
+        with torch.no_grad():
+            logits = bytes_run.model(ids[None, start : place + 1])[0, -1]
+        assert prices[place] == pytest.approx(-logits.log_softmax(-1)[data[place]].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 32])
+@pytest.mark.parametrize("total", [1, 2, 5, 32, 33, 34, 100])
+def test_overlapping_windows_price_every_target_once(length, total):
+    seen = [
+        target
+        for _, targets in overlapping_windows(np.arange(total + 1), length)
+        for target in targets.flatten().tolist()
+        if target != -100
+    ]
+    assert seen == list(range(1, total + 1))
+
+
+def test_separate_windows_are_the_validation_loss_of_training(debug_run):
+    run = moe.load(debug_run)
+    text = TEXT.read_text()[1_003_854:].encode()
+    result = score(run, text, "separate").to_json()
+    last = read_metrics(debug_run / "metrics.jsonl")[-1]
+    assert result["characters"] == 111_540
+    assert result["nats_per_character"] == pytest.approx(last["val_nats_per_character"], rel=2e-3)  # bfloat16 there
+    assert result["nats_per_token"] == pytest.approx(last["val_loss"], rel=2e-3)
+    assert score(run, text[:20_000]).nats < score(run, text[:20_000], "separate").nats
+
+
+def test_an_empty_text_has_no_price(bytes_run):
+    with pytest.raises(ScoreError, match="empty"):
+        score(bytes_run, b"")
