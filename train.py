@@ -21,16 +21,7 @@ import tyro
 from torch import Tensor
 
 import moe
-from moe.checkpoint import (
-    CheckpointError,
-    Run,
-    RunFolder,
-    State,
-    load_model,
-    random_state,
-    seed_everything,
-    set_random_state,
-)
+from moe.checkpoint import CheckpointError, Run, RunFolder, State, load_model, random_state, set_random_state
 from moe.config import ConfigError, MoeError, RunConfig, presets
 from moe.corpus import Corpus, prepare
 from moe.data import Batches, TokenStream
@@ -221,7 +212,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     characters_per_token = corpus.characters("train") / corpus.tokens("train")
 
     # -- model and optimizer -------------------------------------------------------------------------------------------
-    seed_everything(config.seed)
+    torch.manual_seed(config.seed)
     model = Transformer(config.model)
     if start:
         load_model(model, start.checkpoint / "model.safetensors")

@@ -10,10 +10,10 @@ sizes and sha256, then the folder is renamed. One without a manifest does not ex
 
 import base64
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
-import random
 import re
 import shutil
 import subprocess
@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -108,10 +107,11 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
+            for unfinished in self.path.glob("checkpoints/.*"):  # of a process killed while it saved
+                shutil.rmtree(unfinished, ignore_errors=True)
         except Timeout:
-            raise CheckpointError(
-                f"{self.path} is in use by another process: wait for it, or choose another --out"
-            ) from None
+            message = f"{self.path} is in use by another process: wait for it, or choose another --out"
+            raise CheckpointError(message) from None
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be written: {error.strerror}") from None
 
@@ -122,20 +122,16 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what a start that never reached a checkpoint left behind. Raises CheckpointError for other files."""
-        there = [
-            name
-            for name in ("tokenizer.json", "metrics.jsonl", "checkpoints", "config.json")
-            if (self.path / name).exists()
-        ]
-        if there:
+        names = ("metrics.jsonl", "tokenizer.json", "config.json")
+        strange = [name for name in ("checkpoints", *names) if (self.path / name).exists()]
+        if strange:
             try:
                 self.read_setup()
             except CheckpointError:
-                raise CheckpointError(
-                    f"{self.path} holds a {there[0]} that no training run made: choose another --out"
-                ) from None
+                message = f"{self.path} holds a {strange[0]} that no training run made: choose another --out"
+                raise CheckpointError(message) from None
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-        for name in ("metrics.jsonl", "tokenizer.json", "config.json"):
+        for name in names:
             (self.path / name).unlink(missing_ok=True)
 
     def write_setup(self, config: RunConfig, runtime: Runtime, tokenizer: Tokenizer, data: dict[str, Any]) -> None:
@@ -153,12 +149,9 @@ class RunFolder:
         path = self.path / "config.json"
         try:
             facts = json.loads(path.read_text("utf-8"))
-            return (
-                from_dict(RunConfig, facts["config"]),
-                from_dict(Runtime, facts["runtime"], "runtime"),
-                dict(facts["data"]),
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            config, runtime = from_dict(RunConfig, facts["config"]), from_dict(Runtime, facts["runtime"], "runtime")
+            return config, runtime, dict(facts["data"])
+        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             raise CheckpointError(f"{path}: {error}") from None
 
     def restore(self, model: Transformer, optimizers: Optimizers) -> State:
@@ -175,20 +168,16 @@ class RunFolder:
         final = self.path / "checkpoints" / f"{state.step:08d}"
         passing = final.with_name(f".{final.name}.{os.getpid()}")
         try:
-            shutil.rmtree(passing, ignore_errors=True)
             passing.mkdir(parents=True)
             save_file(
-                {name: tensor.detach().contiguous() for name, tensor in tensors_of(model).items()},
-                passing / "model.safetensors",
+                {name: tensor.detach() for name, tensor in tensors_of(model).items()}, passing / "model.safetensors"
             )
-            save_file({name: tensor.contiguous() for name, tensor in optimizer}, passing / "optimizer.safetensors")
+            save_file(dict(optimizer), passing / "optimizer.safetensors")
             (passing / "state.json").write_text(json.dumps(asdict(state)), "utf-8")
-            files = {
-                path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)}
-                for path in sorted(passing.iterdir())
-            }
-            for name in files:
-                sync(passing / name)
+            files = {}
+            for path in sorted(passing.iterdir()):
+                sync(path)
+                files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
             write_whole(passing / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1).encode())
             remove_checkpoint(final)
             passing.rename(final)
@@ -197,9 +186,8 @@ class RunFolder:
                 remove_checkpoint(old)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(passing, ignore_errors=True)
-            raise CheckpointError(
-                f"{final} could not be saved: {error}; the checkpoint before it is untouched"
-            ) from None
+            message = f"{final} could not be saved: {error}; the checkpoint before it is untouched"
+            raise CheckpointError(message) from None
         return final
 
 
@@ -227,7 +215,7 @@ def verify(checkpoint: Path) -> None:
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, tied ones once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -242,14 +230,11 @@ def load_model(model: nn.Module, path: Path) -> None:
     """Copy a file's tensors into the model. Raises CheckpointError listing what is missing, unexpected or of another
     shape."""
     stored, wanted = load_tensors(path), tensors_of(model)
-    wrong = [f"{name} is missing" for name in wanted.keys() - stored.keys()] + [
-        f"{name} is not known" for name in stored.keys() - wanted.keys()
-    ]
-    wrong += [
-        f"{name} is {tuple(stored[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & stored.keys()
-        if stored[name].shape != wanted[name].shape
-    ]
+    wrong = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
+    wrong += [f"{name} is not known" for name in stored.keys() - wanted.keys()]
+    for name in wanted.keys() & stored.keys():
+        if (found := tuple(stored[name].shape)) != (shape := tuple(wanted[name].shape)):
+            wrong.append(f"{name} is {found} instead of {shape}")
     if wrong:
         raise CheckpointError(f"{path} does not fit this model: {'; '.join(sorted(wrong)[:5])}")
     for name, tensor in wanted.items():
@@ -265,19 +250,15 @@ def read_state(checkpoint: Path) -> State:
 
 def random_state() -> dict[str, Any]:
     """Of every generator training may draw from, as JSON."""
-    encode = [
-        base64.b64encode(state.numpy().tobytes()).decode()
-        for state in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())
-    ]
-    return {"torch": encode[0], "cuda": encode[1:]}
+    states = (torch.get_rng_state(), *torch.cuda.get_rng_state_all())
+    encoded = [base64.b64encode(state.numpy().tobytes()).decode() for state in states]
+    return {"torch": encoded[0], "cuda": encoded[1:]}
 
 
 def set_random_state(stored: dict[str, Any]) -> None:
     try:
-        states = [
-            torch.from_numpy(np.frombuffer(base64.b64decode(text), np.uint8).copy())
-            for text in (stored["torch"], *stored["cuda"])
-        ]
+        encoded = [base64.b64decode(text) for text in (stored["torch"], *stored["cuda"])]
+        states = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in encoded]
         torch.set_rng_state(states[0])
         for index, state in enumerate(states[1 : 1 + torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state, index)
@@ -285,21 +266,11 @@ def set_random_state(stored: dict[str, Any]) -> None:
         raise CheckpointError(f"state.json: the random state is damaged: {error}") from None
 
 
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002, for libraries that still draw from it
-    torch.manual_seed(seed)
-
-
 def versions() -> dict[str, str]:
-    import importlib.metadata
-
     found = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken", "safetensors")}
-    here = Path(__file__).resolve().parent
     try:
-        asked = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=False
-        )
+        command, here = ["git", "rev-parse", "HEAD"], Path(__file__).resolve().parent
+        asked = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10, check=False)
         revision = asked.stdout.strip() or "unknown"
     except (OSError, subprocess.SubprocessError):
         revision = "unknown"
@@ -318,14 +289,10 @@ class Run:
 
 def newest_run(under: Path = Path("out")) -> Path:
     """The run with the newest checkpoint under a folder."""
-    found = [
-        (folder.checkpoints()[-1].stat().st_mtime, folder.path)
-        for folder in map(RunFolder, sorted(under.glob("*")))
-        if folder.checkpoints()
-    ]
-    if not found:
+    runs = [folder for folder in map(RunFolder, sorted(under.glob("*"))) if folder.checkpoints()]
+    if not runs:
         raise CheckpointError(f"no run under {under}/ yet: train one with `python train.py`, or name its folder")
-    return max(found)[1]
+    return max(runs, key=lambda folder: folder.checkpoints()[-1].stat().st_mtime).path
 
 
 def load(path: str | Path | None = None, device: str = "auto", checkpoint: Path | None = None) -> Run:
@@ -340,9 +307,8 @@ def load(path: str | Path | None = None, device: str = "auto", checkpoint: Path 
     config, _, data = folder.read_setup()
     tokenizer = Tokenizer.load(folder.path / "tokenizer.json")
     if tokenizer.hash != data.get("tokenizer") or tokenizer.vocab_size > config.model.vocab_size:
-        raise CheckpointError(
-            f"{folder.path / 'tokenizer.json'} is not the tokenizer this run was trained with: put the run's own back"
-        )
+        path = folder.path / "tokenizer.json"
+        raise CheckpointError(f"{path} is not the tokenizer this run was trained with: put the run's own back")
     model = Transformer(config.model)
     load_model(model, checkpoint / "model.safetensors")
     return Run(model.to(resolve_device(device)[0]).eval(), tokenizer, config, checkpoint)

@@ -29,13 +29,13 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_positive(config: Any, *names: str) -> None:
-    for name in names:
-        require(getattr(config, name) > 0, f"{name} = {getattr(config, name)} must be greater than 0")
+def require_above(bound: float, config: Any, names: str) -> None:
+    for name in names.split():
+        require(getattr(config, name) > bound, f"{name} = {getattr(config, name)} must be greater than {bound}")
 
 
-def require_not_negative(config: Any, *names: str) -> None:
-    for name in names:
+def require_not_negative(config: Any, names: str) -> None:
+    for name in names.split():
         require(getattr(config, name) >= 0, f"{name} = {getattr(config, name)} must not be negative")
 
 
@@ -83,55 +83,30 @@ class ModelConfig:
     expert_backend: Literal["auto", "loop", "grouped", "gather"] = "auto"
 
     def __post_init__(self) -> None:
-        require_positive(
-            self, "hidden_size", "num_hidden_layers", "max_position_embeddings", "rms_norm_eps", "num_attention_heads"
-        )
-        require_positive(
-            self,
-            "kv_lora_rank",
-            "qk_nope_head_dim",
-            "qk_rope_head_dim",
-            "v_head_dim",
-            "rope_theta",
-            "intermediate_size",
-        )
-        require_positive(
-            self,
-            "n_routed_experts",
-            "num_experts_per_tok",
-            "moe_intermediate_size",
-            "n_group",
-            "topk_group",
-            "routed_scaling_factor",
-        )
-        require_not_negative(self, "vocab_size", "first_k_dense_replace", "n_shared_experts", "initializer_range")
-        require_not_negative(self, "bias_update_speed", "aux_loss_alpha", "router_z_loss")
-        require(0 <= self.hidden_dropout < 1, f"hidden_dropout = {self.hidden_dropout} must lie in [0, 1)")
+        require_above(0, self, "hidden_size num_hidden_layers max_position_embeddings rms_norm_eps num_attention_heads")
+        require_above(0, self, "kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_theta intermediate_size")
+        require_above(0, self, "n_routed_experts num_experts_per_tok moe_intermediate_size n_group topk_group")
+        require_above(0, self, "routed_scaling_factor")
+        require_not_negative(self, "vocab_size first_k_dense_replace n_shared_experts initializer_range")
+        require_not_negative(self, "hidden_dropout bias_update_speed aux_loss_alpha router_z_loss")
+        require(self.hidden_dropout < 1, f"hidden_dropout = {self.hidden_dropout} must be below 1")
         require(
-            self.q_lora_rank is None or self.q_lora_rank > 0,
-            f"q_lora_rank = {self.q_lora_rank} must be above 0, or None for none",
+            self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank = {self.q_lora_rank}: give None for none"
         )
-        require(
-            self.qk_rope_head_dim % 2 == 0,
-            f"qk_rope_head_dim = {self.qk_rope_head_dim} must be even: rotation acts on pairs",
-        )
+        rotary = self.qk_rope_head_dim
+        require(rotary % 2 == 0, f"qk_rope_head_dim = {rotary} must be even: rotation acts on pairs")
         self._check_routing()
 
     def _check_routing(self) -> None:
-        experts, chosen = self.n_routed_experts, self.num_experts_per_tok
+        experts, chosen, groups, kept = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
+        advice = "lower one or raise the other"
         require(
-            chosen <= experts,
-            f"num_experts_per_tok = {chosen} is more than n_routed_experts = {experts}: lower one or raise the other",
+            chosen <= experts, f"num_experts_per_tok = {chosen} is more than n_routed_experts = {experts}: {advice}"
         )
-        require(experts % self.n_group == 0, f"n_group = {self.n_group} must divide n_routed_experts = {experts}")
-        require(
-            self.topk_group <= self.n_group, f"topk_group = {self.topk_group} is more than n_group = {self.n_group}"
-        )
-        room = self.topk_group * (experts // self.n_group)
-        require(
-            chosen <= room,
-            f"num_experts_per_tok = {chosen} is more than the {room} experts in topk_group = {self.topk_group} groups",
-        )
+        require(experts % groups == 0, f"n_group = {groups} must divide n_routed_experts = {experts}")
+        require(kept <= groups, f"topk_group = {kept} is more than n_group = {groups}: {advice}")
+        room = kept * (experts // groups)
+        require(chosen <= room, f"num_experts_per_tok = {chosen} is more than topk_group = {kept} groups hold: {room}")
 
     @property
     def num_moe_layers(self) -> int:
@@ -188,8 +163,8 @@ class OptimConfig:
     grad_clip: float = 1.0  # 0: none
 
     def __post_init__(self) -> None:
-        require_positive(self, "muon_lr", "adam_lr", "router_lr")
-        require_not_negative(self, "muon_weight_decay", "adam_weight_decay", "warmup", "decay", "final_lr", "grad_clip")
+        require_above(0, self, "muon_lr adam_lr router_lr")
+        require_not_negative(self, "muon_weight_decay adam_weight_decay warmup decay final_lr grad_clip")
         for name in ("muon_momentum", "adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"optim.{name} = {getattr(self, name)} must lie in [0, 1)")
         require(
@@ -211,10 +186,8 @@ class TrainConfig:
     keep_last: int = 2  # checkpoints
 
     def __post_init__(self) -> None:
-        require_positive(
-            self, "batch_size", "sequence_length", "gradient_accumulation_steps", "log_interval", "keep_last"
-        )
-        require_not_negative(self, "eval_interval", "save_interval")
+        require_above(0, self, "batch_size sequence_length gradient_accumulation_steps log_interval keep_last")
+        require_not_negative(self, "eval_interval save_interval")
 
     @property
     def tokens_per_step(self) -> int:
@@ -231,7 +204,7 @@ class SampleConfig:
     min_p: float = 0.0  # drop what is less likely than this fraction of the most likely
 
     def __post_init__(self) -> None:
-        require_not_negative(self, "temperature", "top_k")
+        require_not_negative(self, "temperature top_k")
         require(0 < self.top_p <= 1, f"top_p = {self.top_p} must lie in (0, 1]")
         require(0 <= self.min_p <= 1, f"min_p = {self.min_p} must lie in [0, 1]")
 
@@ -267,7 +240,8 @@ class RunConfig:
 def presets() -> dict[str, RunConfig]:
     """Complete runs by name."""
     tiny = RunConfig()
-    dense = replace(tiny, preset="dense", model=replace(tiny.model, first_k_dense_replace=tiny.model.num_hidden_layers))
+    all_dense = replace(tiny.model, first_k_dense_replace=tiny.model.num_hidden_layers)
+    dense = replace(tiny, preset="dense", model=all_dense)
     debug = RunConfig(
         preset="debug",
         steps=30,

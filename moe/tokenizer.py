@@ -25,6 +25,7 @@ import tiktoken
 from moe.config import MoeError
 
 END_OF_TEXT = "<|endoftext|>"
+PIECE = 1 << 16
 SINGLE_BYTES = [bytes([byte]) for byte in range(256)]
 # Words keep one leading space or sign, digits come in threes, punctuation keeps the line breaks behind it.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -68,7 +69,12 @@ class Tokenizer:
         """Text to ids (n,) uint32. Text that spells a special token is text."""
         if len(self.ranks) == 256:
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
-        return self.encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # a million spaces in a row are more than tiktoken's pattern matcher can take at once
+            if len(text) <= PIECE:
+                raise
+            return np.concatenate([self.encode(text[start : start + PIECE]) for start in range(0, len(text), PIECE)])
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Any bytes to ids: what is UTF-8 as text, every other byte by itself."""

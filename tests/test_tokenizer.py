@@ -21,6 +21,11 @@ def test_any_bytes_come_back(tokenizer, data):
     assert tokenizer.decode_bytes(ids.tolist()) == data
 
 
+def test_a_million_spaces_come_back():
+    text = "a" + " " * 1_500_000 + "b"
+    assert BPE.decode(BPE.encode(text)) == text
+
+
 def test_text_that_spells_the_special_token_stays_text():
     assert BPE.end_of_text not in BPE.encode(END_OF_TEXT).tolist()
     assert BPE.decode(BPE.encode(END_OF_TEXT)) == END_OF_TEXT
