@@ -62,7 +62,7 @@ class Arguments:
 def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
     """The command line, over the preset it names or over the configuration of the run it continues."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--preset", "--out", "--resume"):
+    for name in ("--preset", "--out", "--resume", "--init-from"):
         first.add_argument(name)
     known, _ = first.parse_known_args(arguments)
     name = known.preset or "tiny"
@@ -71,6 +71,8 @@ def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
     folder = RunFolder(Path(known.out)) if known.out else default_folder(name, new=known.resume in (None, "never"))
     stored = folder.read_setup()[0] if known.resume in ("auto", "must") and folder.checkpoints() else None
     base = stored if stored and known.preset in (None, stored.preset) else presets()[name]
+    if known.init_from and not stored:  # the model is that run's, unless told otherwise
+        base = replace(base, model=RunFolder(Path(known.init_from)).read_setup()[0].model)
     settings = (tyro.conf.FlagCreatePairsOff,)
     given = tyro.cli(
         Arguments, args=arguments, default=Arguments(Session(), base), description=__doc__, config=settings
@@ -218,7 +220,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         load_model(model, start.checkpoint / "model.safetensors")
     model.to(runtime.device)
     optimizers = Optimizers(model, config.optim, runtime.torch_dtype)
-    losses_of = working_losses(model, config, runtime, display.warn)
+    losses_of, runtime = working_losses(model, config, runtime, display.warn)
     state = folder.restore(model, optimizers) if resuming else State()
     batch_size, window = config.train.batch_size, config.train.sequence_length
     batches = Batches(training, batch_size, window, config.seed, state.cursor)

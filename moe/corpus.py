@@ -23,6 +23,7 @@ from moe.tokenizer import Tokenizer, bytes_tokenizer, gpt2_tokenizer, train_bpe
 
 HEADER = 4096
 BLOCK = 1 << 20  # bytes read at a time
+LOOK_BACK = 1 << 16  # characters in which the end of a word is looked for
 SHARD_TOKENS = 1 << 27
 BPE_CHARACTERS = 1 << 26  # the tokenizer learns from the first 64 Mi characters of the training split
 DATA_SETS = {"tinyshakespeare": Path(__file__).resolve().parent.parent / "data" / "tinyshakespeare" / "input.txt"}
@@ -69,19 +70,14 @@ def open_corpus(folder: Path) -> Corpus:
         listing = json.loads((folder / "corpus.json").read_text("utf-8"))
         names = {split: [str(name) for name in listing["shards"][split]] for split in ("train", "val")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorpusError(
-            f"{folder}: not a prepared folder ({type(error).__name__}: {error}): make one with data/prepare.py"
-        ) from None
+        message = f"{folder}: not a prepared folder ({type(error).__name__}: {error}): make one with data/prepare.py"
+        raise CorpusError(message) from None
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    shards = {
-        split: [(folder / Path(name).name, read_header(folder / Path(name).name)) for name in names[split]]
-        for split in names
-    }
-    for path, header in (shard for split in shards.values() for shard in split):
+    paths = {split: [folder / Path(name).name for name in names[split]] for split in names}
+    shards = {split: [(path, read_header(path)) for path in paths[split]] for split in paths}
+    for path, header in shards["train"] + shards["val"]:
         if header.tokenizer != tokenizer.hash:
-            raise CorpusError(
-                f"{path}: was made with another tokenizer than {folder / 'tokenizer.json'}: prepare the text again"
-            )
+            raise CorpusError(f"{path}: was made with another tokenizer than the folder's: prepare the text again")
     return Corpus(folder, tokenizer, shards)
 
 
@@ -131,9 +127,8 @@ class ShardWriter:
         self.bytes += len(text.encode())
 
     def close(self) -> None:
-        header = ShardHeader(
-            1, self.dtype, self.tokens, self.characters, self.bytes, self.tokenizer.hash, self.sha256.hexdigest()
-        )
+        counts = (self.tokens, self.characters, self.bytes)
+        header = ShardHeader(1, self.dtype, *counts, self.tokenizer.hash, self.sha256.hexdigest())
         self.file.seek(0)
         self.file.write(json.dumps(asdict(header)).encode().ljust(HEADER))
         self.file.flush()
@@ -190,7 +185,7 @@ def read_text(path: Path, errors: str, sha256: Any = None) -> Iterator[str]:
                         "file, or pass --errors replace (train.py: --data.errors replace)"
                     ) from None
                 offset += len(block)
-                cut = word_end(held) if block and len(held) < 16 * BLOCK else len(held)
+                cut = word_end(held) if block else len(held)
                 if cut:
                     yield held[:cut]
                     held = held[cut:]
@@ -201,23 +196,20 @@ def read_text(path: Path, errors: str, sha256: Any = None) -> Iterator[str]:
 
 
 def word_end(text: str) -> int:
-    """The last place with a letter or digit before it and white space after it: no pattern of ours joins the two. 0:
-    none."""
-    for end in range(len(text) - 1, 0, -1):
+    """The last place with a letter or digit before it and white space after it, which no pattern joins. Where there is
+    none: 0, to wait for more text, or the end of a text that is long already."""
+    for end in range(len(text) - 1, max(len(text) - LOOK_BACK, 0), -1):
         if text[end].isspace() and text[end - 1].isalnum():
             return end
-    return 0
+    return len(text) if len(text) > LOOK_BACK else 0
 
 
 def scan(source: Path, config: DataConfig, advance: Advance) -> Source:
     """Read all of it once: is it text, how much, which."""
     if not source.exists():
         raise CorpusError(f"{source}: no such file or folder; the data sets known by name are: {', '.join(DATA_SETS)}")
-    files = (
-        [source]
-        if source.is_file()
-        else sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith("."))
-    )
+    found = [source] if source.is_file() else sorted(source.rglob("*"))
+    files = [path for path in found if path.is_file() and not path.name.startswith(".")]
     total = sum(path.stat().st_size for path in files)
     sha256, characters, size = hashlib.sha256(), 0, 0
     for path in files:
@@ -266,15 +258,11 @@ def prepare(
             )
         return corpus
     source = scan(path, config, advance)
-    kind = (
-        tokenizer.hash[:12]
-        if tokenizer
-        else f"{config.tokenizer}{config.vocab_size if config.tokenizer == 'bpe' else ''}"
-    )
-    key = hashlib.sha256(json.dumps([source.sha256, kind, config.val_fraction, config.errors]).encode()).hexdigest()[
-        :12
-    ]
-    folder = out or Path("out/data") / f"{config.source if config.source in DATA_SETS else path.stem}-{kind}-{key}"
+    kind = f"bpe{config.vocab_size}" if config.tokenizer == "bpe" else config.tokenizer
+    kind = tokenizer.hash[:12] if tokenizer else kind
+    shaping = json.dumps([source.sha256, kind, config.val_fraction, config.errors])
+    name = config.source if config.source in DATA_SETS else path.resolve().stem
+    folder = out or Path("out/data") / f"{name}-{kind}-{hashlib.sha256(shaping.encode()).hexdigest()[:12]}"
     if folder.exists():
         if out is None:
             return open_corpus(folder)
@@ -307,7 +295,7 @@ def write_corpus(folder: Path, source: Source, tokenizer: Tokenizer, advance: Ad
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer.to_json()), "utf-8")
     facts = {
         "format": 1,
-        "sha256": source.sha256,
+        "source": source.sha256,
         "characters": source.characters,
         "bytes": source.bytes,
         "shards": names,

@@ -9,7 +9,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,10 +64,8 @@ def resolve(config: RunConfig) -> tuple[Runtime, dict[str, str]]:
 def resolve_device(asked: str) -> tuple[str, str]:
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if asked == "auto":
-        device = next(name for name in ("cuda", "mps", "cpu") if has[name])
-        return device, {"cuda": "an NVIDIA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU was found"}[
-            device
-        ]
+        reasons = {"cuda": "an NVIDIA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU was found"}
+        return next((device, reasons[device]) for device in ("cuda", "mps", "cpu") if has[device])
     if not has[asked]:
         raise DeviceError(f"--device {asked}: this machine, or this build of PyTorch, has none; use --device auto")
     return asked, "as asked"
@@ -78,19 +76,13 @@ def resolve_dtype(asked: str, device: str) -> tuple[str, str]:
         return asked, "as asked"
     if device == "cuda":  # is_bf16_supported() also says yes to emulation, on a T4 for one
         major, minor = torch.cuda.get_device_capability()
-        return (
-            ("bfloat16", f"compute capability {major}.{minor}")
-            if major >= 8
-            else ("float32", f"compute capability {major}.{minor} is below 8.0")
-        )
-    if device == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return (
-            ("bfloat16", "the processor multiplies it natively")
-            if native
-            else ("float32", "the processor has no bfloat16 products")
-        )
-    return "float32", "bfloat16 is untested on mps"
+        return "bfloat16" if major >= 8 else "float32", f"compute capability {major}.{minor}; bfloat16 needs 8.0"
+    if device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "bfloat16", "the processor multiplies it natively"
+    return (
+        "float32",
+        "the processor has no bfloat16 products" if device == "cpu" else f"bfloat16 is untested on {device}",
+    )
 
 
 def resolve_compile(asked: str, device: str) -> tuple[bool, str]:
@@ -109,31 +101,30 @@ def resolve_compile(asked: str, device: str) -> tuple[bool, str]:
 
 def working_losses(
     model: Transformer, config: RunConfig, runtime: Runtime, warn: Callable[[str], None]
-) -> LossFunction:
-    """model.losses, compiled and with the expert back-end as decided, or with a notice as far as they work: each is
-    tried on a batch of the real shape, since a fast path may load and then fail when it runs."""
-    attempts = [(False, runtime.expert_backend)]
-    if runtime.compile:
-        attempts.insert(0, (True, runtime.expert_backend))
+) -> tuple[LossFunction, Runtime]:
+    """model.losses, compiled and with the expert back-end as decided, or with a notice as far as they work; and what
+    it came to. Each way is tried on a batch of the real shape: a fast path may load and then fail when it runs."""
+    attempts = [runtime, replace(runtime, compile=False)] if runtime.compile else [runtime]
     if runtime.expert_backend not in ("none", "loop"):
-        attempts.append((False, "loop"))
-    for compiled, backend in attempts:
+        attempts.append(replace(runtime, compile=False, expert_backend="loop"))
+    for attempt in attempts:
         for layer in model.moe_layers():
-            layer.backend = backend
-        losses_of: LossFunction = torch.compile(model.losses, dynamic=False) if compiled else model.losses
-        if runtime.device == "cpu" and not compiled:
-            return losses_of
+            layer.backend = attempt.expert_backend
+        losses_of: LossFunction = torch.compile(model.losses, dynamic=False) if attempt.compile else model.losses
+        if runtime.device == "cpu" and not attempt.compile:
+            return losses_of, attempt
         try:
             shape = (config.train.batch_size, config.train.sequence_length)
             tokens = torch.zeros(shape, dtype=torch.int64, device=runtime.device)
             with runtime.autocast():
                 losses_of(tokens, tokens).objective.backward()
-            return losses_of
+            return losses_of, attempt
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler or a kernel throws
             reason = (str(error).strip() or type(error).__name__).split("\n")[0][:160]
-            warn(f"notice: {'compiled' if compiled else backend} training failed ({reason}): trying without")
+            way = "compiled" if attempt.compile else attempt.expert_backend
+            warn(f"notice: {way} training failed here ({reason}): trying a slower way")
         finally:
             model.zero_grad(set_to_none=True)
     raise DeviceError(f"no way of computing this model works on {runtime.device}: try --device cpu")

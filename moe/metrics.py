@@ -26,31 +26,19 @@ def load_record(load: Tensor | None) -> Record:
     """The state of the balance from a load (L, E): its worst layer's MaxVio and entropy, the dead experts of all."""
     if load is None:
         return {"max_vio": None, "entropy": None, "dead_experts": None}
-    return {
-        "max_vio": max_violation(load).max().item(),
-        "entropy": load_entropy(load).min().item(),
-        "dead_experts": int(dead_experts(load).sum()),
-    }
+    worst, least = max_violation(load).max().item(), load_entropy(load).min().item()
+    return {"max_vio": worst, "entropy": least, "dead_experts": int(dead_experts(load).sum())}
 
 
 def routing_record(routing: RoutingStats | None, detailed: bool) -> Record:
     """A step's balance; detailed, also layer by layer. `balance_loss` is the unweighted mean over the layers."""
     if routing is None:
         return {"balance_loss": None, "z_loss": None, **load_record(None)}
-    load = routing.load.cpu()
-    record = {
-        "balance_loss": routing.balance_loss.mean().item(),
-        "z_loss": routing.z_loss.mean().item(),
-        **load_record(load),
-    }
+    load, balance, z = routing.load.cpu(), routing.balance_loss.mean().item(), routing.z_loss.mean().item()
+    record = {"balance_loss": balance, "z_loss": z, **load_record(load)}
     if detailed:
-        figures = {
-            "max_vio": max_violation(load),
-            "entropy": load_entropy(load),
-            "dead_experts": dead_experts(load),
-            "load": load,
-        }
-        record |= {f"{name}_by_layer": values.tolist() for name, values in figures.items()}
+        layers = {"max_vio": max_violation(load), "entropy": load_entropy(load), "dead_experts": dead_experts(load)}
+        record |= {f"{name}_by_layer": values.tolist() for name, values in (layers | {"load": load}).items()}
     return record
 
 
@@ -199,33 +187,28 @@ class Wandb:
     """Weights & Biases, imported only when asked for. Whatever goes wrong there is told once and never ends a run."""
 
     def __init__(self, mode: str, folder: Path, config: dict[str, Any], warn: Callable[[str], None]) -> None:
-        self.warn, self.run = warn, None
-        if mode == "off":
-            return
-        try:
-            import wandb
+        self.warn = warn
+        self.run: Any = None
+        if mode != "off":
+            self._attempt(lambda: self._start(mode, folder, config))
 
-            self.run = wandb.init(project="moe", name=folder.name, dir=str(folder), mode=mode, config=config)  # type: ignore[arg-type]
-        except Exception as error:
-            self._give_up(error)
+    def _start(self, mode: str, folder: Path, config: dict[str, Any]) -> None:
+        import wandb
+
+        self.run = wandb.init(project="moe", name=folder.name, dir=str(folder), mode=mode, config=config)
 
     def log(self, record: Record) -> None:
-        if self.run is not None:
-            try:
-                self.run.log(
-                    {name: value for name, value in record.items() if isinstance(value, int | float)},
-                    step=record["step"],
-                )
-            except Exception as error:
-                self._give_up(error)
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        if (run := self.run) is not None:
+            self._attempt(lambda: run.log(numbers, step=record["step"]))
 
     def close(self) -> None:
-        if self.run is not None:
-            try:
-                self.run.finish()
-            except Exception as error:
-                self._give_up(error)
+        if (run := self.run) is not None:
+            self._attempt(run.finish)
 
-    def _give_up(self, error: Exception) -> None:
-        self.run = None
-        self.warn(f"wandb is left out from here on ({type(error).__name__}: {error}); metrics.jsonl has everything")
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:  # wandb throws errors of its own, of its network's and of its process's
+            self.run = None
+            self.warn(f"wandb is left out from here on ({type(error).__name__}: {error}); metrics.jsonl has everything")

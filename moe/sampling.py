@@ -58,24 +58,19 @@ def decode(
     every token: the slow reference.
     """
     if tokens.ndim != 2 or 0 in tokens.shape:
-        raise SamplingError(
-            f"tokens must have the shape (B, S) with at least one position, found {tuple(tokens.shape)}"
-        )
-    context = model.config.max_position_embeddings
+        raise SamplingError(f"tokens must have the shape (B, S), with S at least 1, but are {tuple(tokens.shape)}")
+    context, weight = model.config.max_position_embeddings, model.embed_tokens.weight
+    half = (context + 1) // 2
     window, cache, told = tokens, None, False
     while True:
         if window.shape[1] > context:
             if on_overflow and not told:
-                half = (context + 1) // 2
                 on_overflow(f"the text is longer than the context of {context} tokens: going on from the newest {half}")
-            window, cache, told = window[:, -((context + 1) // 2) :], None, True
+            window, cache, told = window[:, -half:], None, True
         with torch.inference_mode():
+            fresh = window if cache is None else window[:, -1:]
             if cache is None and use_cache:
-                weight = model.embed_tokens.weight
                 cache = LatentCache(model.config, len(window), context, weight.device, weight.dtype)
-                fresh = window
-            else:
-                fresh = window if cache is None else window[:, -1:]
             new = draw(model(fresh, cache)[:, -1, :vocab_size], config, generator)
         window = torch.cat((window, new[:, None]), dim=1)
         yield new

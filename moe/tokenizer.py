@@ -45,10 +45,8 @@ class Tokenizer:
 
     @cached_property
     def encoding(self) -> tiktoken.Encoding:
-        ranks = {token: rank for rank, token in enumerate(self.ranks)}
-        return tiktoken.Encoding(
-            "moe", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.end_of_text}
-        )
+        ranks, specials = {token: rank for rank, token in enumerate(self.ranks)}, {END_OF_TEXT: self.end_of_text}
+        return tiktoken.Encoding("moe", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=specials)
 
     @property
     def end_of_text(self) -> int:
@@ -61,13 +59,12 @@ class Tokenizer:
     @cached_property
     def hash(self) -> str:
         """Of everything that decides which ids a text gets."""
-        return hashlib.sha256(
-            json.dumps([self.pattern, [token.hex() for token in self.ranks], END_OF_TEXT]).encode()
-        ).hexdigest()
+        deciding = json.dumps([self.pattern, [token.hex() for token in self.ranks], END_OF_TEXT])
+        return hashlib.sha256(deciding.encode()).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
         """Text to ids (n,) uint32. Text that spells a special token is text."""
-        if len(self.ranks) == 256:
+        if self.ranks == SINGLE_BYTES:
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
@@ -79,13 +76,13 @@ class Tokenizer:
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Any bytes to ids: what is UTF-8 as text, every other byte by itself."""
         text = data.decode("utf-8", errors="surrogateescape")
-        pieces = [
-            np.array([self.byte_ids[ord(letter) - 0xDC00] for letter in piece], dtype=np.uint32)
-            if "\udc80" <= piece[0] <= "\udcff"
-            else self.encode(piece)
-            for piece in regex.findall("[\udc80-\udcff]+|[^\udc80-\udcff]+", text)
-        ]
-        return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint32)
+        pieces = [np.zeros(0, dtype=np.uint32)]
+        for piece in regex.findall("[\udc80-\udcff]+|[^\udc80-\udcff]+", text):
+            if "\udc80" <= piece[0] <= "\udcff":
+                pieces.append(np.array([self.byte_ids[ord(letter) - 0xDC00] for letter in piece], dtype=np.uint32))
+            else:
+                pieces.append(self.encode(piece))
+        return np.concatenate(pieces)
 
     @cached_property
     def byte_ids(self) -> list[int]:
@@ -103,30 +100,21 @@ class Tokenizer:
         return TextStream(self)
 
     def to_json(self) -> dict[str, Any]:
-        ranks = [base64.b64encode(token).decode() for token in self.ranks]
-        return {
-            "format": 1,
-            "pattern": self.pattern,
-            "ranks": ranks,
-            "specials": {END_OF_TEXT: self.end_of_text},
-            "hash": self.hash,
-        }
+        ranks, specials = [base64.b64encode(token).decode() for token in self.ranks], {END_OF_TEXT: self.end_of_text}
+        return {"format": 1, "pattern": self.pattern, "ranks": ranks, "specials": specials, "hash": self.hash}
 
     @staticmethod
     def from_json(stored: Any) -> "Tokenizer":
         try:
-            tokenizer = Tokenizer(
-                [base64.b64decode(token, validate=True) for token in stored["ranks"]], str(stored["pattern"])
-            )
+            ranks = [base64.b64decode(token, validate=True) for token in stored["ranks"]]
+            tokenizer = Tokenizer(ranks, str(stored["pattern"]))
             unchanged = tokenizer.hash == stored["hash"]
-            complete = len(set(tokenizer.ranks)) == len(tokenizer.ranks) and set(SINGLE_BYTES) <= set(tokenizer.ranks)
+            complete = len(set(ranks)) == len(ranks) and set(SINGLE_BYTES) <= set(ranks)
         except (KeyError, TypeError, ValueError) as error:
             raise TokenizerError(f"not a tokenizer's file: {type(error).__name__}: {error}") from None
         if not unchanged or not complete:
-            raise TokenizerError(
-                "the tokenizer's file is damaged: "
-                + ("its hash differs" if complete else "it lacks bytes or repeats tokens")
-            )
+            fault = "its hash differs" if complete else "it lacks bytes or repeats tokens"
+            raise TokenizerError(f"the tokenizer's file is damaged: {fault}")
         return tokenizer
 
     @staticmethod

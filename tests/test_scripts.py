@@ -115,6 +115,18 @@ def test_preparing_and_training_on_a_text_of_ones_own(tmp_path):
     assert said(run("sample.py", "--max-new-tokens", "5", cwd=tmp_path))
 
 
+def test_training_goes_on_from_another_runs_weights_and_tokenizer(trained):
+    folder, _ = trained
+    (folder / "other.txt").write_text("A quite different text, of no great length. " * 200)
+    start = ("--init-from", "out/debug", "--data", "other.txt", "--out", "out/more", "--steps", "3")
+    output = said(run("train.py", "--preset", "debug", *start, "--optim.muon-lr", "1e-9", cwd=folder))
+    assert "vocabulary 320" in output
+    tokenizers = [(folder / "out" / name / "tokenizer.json").read_text() for name in ("debug", "more")]
+    assert tokenizers[0] == tokenizers[1]
+    losses = [json.loads(line)["loss"] for line in (folder / "out/more/metrics.jsonl").read_text().splitlines()]
+    assert losses[0] < 5.2  # untrained: log 320 = 5.8
+
+
 def test_an_interrupted_run_saves_says_how_to_go_on_and_goes_on(tmp_path):
     command = [sys.executable, ROOT / "train.py", "--preset", "debug", "--steps", "100000", "--out", "run", "--plain"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

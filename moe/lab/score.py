@@ -77,7 +77,7 @@ def price(
         losses = F.cross_entropy(
             logits.flatten(0, 1), targets.to(device).flatten(), ignore_index=IGNORE, reduction="none"
         )
-        prices.append(losses[targets.flatten().to(device) != IGNORE].double().cpu().numpy())
+        prices.append(losses[targets.flatten().to(device) != IGNORE].cpu().double().numpy())
         if routing is not None:
             load = routing.load if load is None else load + routing.load
     model.train(training)

@@ -1,0 +1,111 @@
+"""A configuration is right, or refused by the name of its field."""
+
+import json
+import re
+import sys
+from dataclasses import fields
+
+import pytest
+from conftest import run_training
+
+from moe.config import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, from_dict, presets, to_dict
+from moe.device import resolve, resolve_device
+
+
+def test_the_default_model_is_deepseek_v3_balanced_by_both_its_means():
+    model = presets()["tiny"].model
+    assert (model.bias_update_speed, model.balance_loss, model.aux_loss_alpha) == (1e-3, "sequence", 1e-4)
+    assert (model.scoring_func, model.norm_topk_prob, model.n_shared_experts) == ("sigmoid", True, 1)
+    assert model.first_k_dense_replace >= 1
+    assert presets()["tiny"].train.sequence_length >= 256
+
+
+def test_fields_carry_the_names_of_transformers_deepseek_v3_config():
+    from transformers import DeepseekV3Config
+
+    theirs = DeepseekV3Config().to_dict().keys() | {"rope_theta", "aux_loss_alpha", "scoring_func"}
+    ours = {item.name for item in fields(ModelConfig)}
+    own = {"hidden_dropout", "bias_update_speed", "balance_loss", "router_z_loss", "expert_backend"}
+    assert ours - own <= theirs
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "says"),
+    [
+        (ModelConfig, {"num_experts_per_tok": 17}, "n_routed_experts = 16"),
+        (ModelConfig, {"n_group": 3}, "must divide n_routed_experts = 16"),
+        (ModelConfig, {"n_group": 4, "topk_group": 5}, "topk_group = 5"),
+        (ModelConfig, {"n_group": 16, "topk_group": 1}, "num_experts_per_tok = 2"),
+        (ModelConfig, {"qk_rope_head_dim": 5}, "even"),
+        (ModelConfig, {"hidden_size": 0}, "hidden_size = 0"),
+        (ModelConfig, {"q_lora_rank": 0}, "q_lora_rank"),
+        (ModelConfig, {"hidden_dropout": 1.0}, "hidden_dropout"),
+        (DataConfig, {"vocab_size": 100}, "257"),
+        (DataConfig, {"val_fraction": 0.0}, "val_fraction"),
+        (OptimConfig, {"warmup": 0.5, "decay": 0.6}, "add up"),
+        (RunConfig, {"minutes": -1.0}, "minutes"),
+        (RunConfig, {"steps": 0}, "steps"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(kind, change, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        kind(**change)
+
+
+def test_a_window_longer_than_the_context_is_refused(capsys):
+    assert run_training("--train.sequence-length", "65") == 2
+    assert "max_position_embeddings = 64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_survives_json(name):
+    config = presets()[name]
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"stepz": 1}, "'stepz'"),
+        ({"steps": "1"}, "config.steps = '1' must be of type int"),
+        ({"model": {"hidden_size": 1.5}}, "config.model.hidden_size"),
+        ({"model": 3}, "config.model: expected an object"),
+        ({"device": "tpu"}, "auto, cpu, cuda, mps"),
+        ({"deterministic": 1}, "bool"),
+        ({"minutes": None, "seed": True}, "config.seed"),
+    ],
+)
+def test_stored_values_of_the_wrong_name_or_type_are_refused(change, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        from_dict(RunConfig, change)
+
+
+def test_every_decision_about_the_machine_comes_with_a_reason():
+    runtime, reasons = resolve(presets()["debug"])
+    assert runtime.device == resolve_device("auto")[0]
+    assert {"device", "dtype", "compile", "experts", "threads"} == reasons.keys()
+    assert all(": " in reason for reason in reasons.values())
+
+
+def test_one_expert_with_normalised_gates_and_no_balance_warn_at_the_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    off = ("--model.bias-update-speed", "0", "--model.aux-loss-alpha", "0")
+    assert run_training("--model.num-experts-per-tok", "1", *off, "--steps", "1", "--quiet") == 0
+    warnings = capsys.readouterr().err
+    assert "router learns nothing" in warnings
+    assert "load balancing is off" in warnings
+
+
+def test_a_failing_wandb_is_told_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert run_training("--wandb", "offline", "--steps", "2", "--quiet") == 0
+    assert capsys.readouterr().err.count("wandb is left out") == 1
+    assert len((tmp_path / "out/debug/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_wandb_is_not_even_imported_unless_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert run_training("--steps", "1", "--quiet") == 0
+    assert "wandb" not in sys.modules
