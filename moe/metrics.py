@@ -195,7 +195,7 @@ class Wandb:
     def _start(self, mode: str, folder: Path, config: dict[str, Any]) -> None:
         import wandb
 
-        self.run = wandb.init(project="moe", name=folder.name, dir=str(folder), mode=mode, config=config)
+        self.run = wandb.init(project="moe", name=folder.name, dir=str(folder), mode=mode, config=config)  # type: ignore[arg-type]
 
     def log(self, record: Record) -> None:
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
