@@ -150,6 +150,9 @@ class Interruption:
 
     def __init__(self) -> None:
         self.asked = False
+        self.before: dict[int, Any] = {}
+
+    def listen(self) -> None:
         self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, number: int, frame: object) -> None:
@@ -205,10 +208,9 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     start = moe.load(config.init_from, "cpu") if config.init_from else None
     corpus = prepare(config.data, tokenizer=start.tokenizer if start else None, advance=display.advance)
     display.close()
-    if resuming and setup["tokenizer"] != corpus.tokenizer.hash:
-        raise CheckpointError(
-            f"{config.data.source} is not the text {folder.path} began with: its tokenizer is another"
-        )
+    identity = {"text": corpus.source, "tokenizer": corpus.tokenizer.hash}
+    if resuming and setup != identity:
+        raise CheckpointError(f"{config.data.source} is not the text that {folder.path} began with: give that one back")
     config = fit_vocabulary(config, corpus.tokenizer.vocab_size)
     training, validation = TokenStream(corpus, "train"), TokenStream(corpus, "val")
     characters_per_token = corpus.characters("train") / corpus.tokens("train")
@@ -229,8 +231,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     if state.progress(config) >= 1:
         return display.say(f"finished {folder.path} has made its {state.step:,} steps: nothing to do")
     if not resuming or config != stored:
-        facts = {"folder": str(corpus.folder), "tokenizer": corpus.tokenizer.hash}
-        folder.write_setup(config, runtime, corpus.tokenizer, facts)
+        folder.write_setup(config, runtime, corpus.tokenizer, identity)
     log = MetricsLog(folder.metrics, keep_steps=state.step)
     alarm = CollapseAlarm(config.model.num_experts_per_tok, state.balance)
     wandb = Wandb(session.wandb, folder.path, asdict(config), display.warn)
@@ -238,6 +239,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         set_random_state(state.rng)
     display.start(folder.path.name)
     eta = Eta(state.progress(config))
+    interruption.listen()
     model.train()
 
     # -- the loop ------------------------------------------------------------------------------------------------------

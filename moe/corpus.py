@@ -53,6 +53,7 @@ class Corpus:
     folder: Path
     tokenizer: Tokenizer
     shards: dict[str, list[tuple[Path, ShardHeader]]]  # of "train" and "val"
+    source: str  # sha256 of the text and of the names of its files
 
     def characters(self, split: str) -> int:
         return sum(header.characters for _, header in self.shards[split])
@@ -69,6 +70,7 @@ def open_corpus(folder: Path) -> Corpus:
     try:
         listing = json.loads((folder / "corpus.json").read_text("utf-8"))
         names = {split: [str(name) for name in listing["shards"][split]] for split in ("train", "val")}
+        source = str(listing["source"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"{folder}: not a prepared folder ({type(error).__name__}: {error}): make one with data/prepare.py"
         raise CorpusError(message) from None
@@ -78,7 +80,7 @@ def open_corpus(folder: Path) -> Corpus:
     for path, header in shards["train"] + shards["val"]:
         if header.tokenizer != tokenizer.hash:
             raise CorpusError(f"{path}: was made with another tokenizer than the folder's: prepare the text again")
-    return Corpus(folder, tokenizer, shards)
+    return Corpus(folder, tokenizer, shards, source)
 
 
 def read_header(path: Path) -> ShardHeader:

@@ -125,6 +125,14 @@ def test_resume_keeps_its_word(text, capsys):
     assert run_training("--out", "run", "--resume", "auto") == 0
 
 
+def test_a_run_does_not_continue_on_a_changed_text(text, capsys):
+    options = ("--out", "run", "--data", text, *FEATURES)
+    assert run_training(*options) == 0
+    text.write_text(text.read_text().replace("e", "a"))
+    assert run_training(*options, "--resume", "auto", "--steps", "30") == 2
+    assert "is not the text that run began with" in capsys.readouterr().err
+
+
 def test_leftovers_of_a_start_killed_before_its_first_checkpoint_are_started_over(text):
     assert run_training("--out", "run", "--data", text, *FEATURES) == 0
     for checkpoint in RunFolder(Path("run")).checkpoints():
