@@ -27,7 +27,7 @@ class Arguments:
     prompt: str | None = None  # the text to continue; by default the start of a text
     prompt_file: Path | None = None  # a file with the prompt; - reads standard input
     interactive: Annotated[bool, tyro.conf.arg(aliases=("-i",))] = False  # a loop of prompts, until an empty one
-    max_new_tokens: int = 300
+    max_new_tokens: int = 200
     temperature: float = 0.8  # 0: always the most likely token
     top_k: int = 0  # draw from the k most likely; 0: all
     top_p: float = 1.0  # draw from the smallest set with this much probability

