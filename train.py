@@ -9,6 +9,7 @@ python train.py --model.n-routed-experts 8         any field by its name
 
 import argparse
 import math
+import os
 import signal
 import sys
 import time
@@ -86,11 +87,20 @@ def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
 
 
 def default_folder(preset: str, new: bool) -> RunFolder:
-    """The first of out/PRESET, out/PRESET-2, ... that does not exist yet; or, to continue, the last that does."""
-    number, names = 1, lambda number: Path("out") / (preset if number == 1 else f"{preset}-{number}")
-    while names(number).exists():
+    """The first of out/PRESET, out/PRESET-2, ... that is not in use yet; or, to continue, the last that is."""
+    number = 1
+    while holds_files(path_of(preset, number)):
         number += 1
-    return RunFolder(names(number if new else max(number - 1, 1)))
+    return RunFolder(path_of(preset, number if new else max(number - 1, 1)))
+
+
+def path_of(preset: str, number: int) -> Path:
+    return Path("out") / (preset if number == 1 else f"{preset}-{number}")
+
+
+def holds_files(folder: Path) -> bool:
+    """More than the lock of a start that came to nothing."""
+    return folder.exists() and any(path.name != ".lock" for path in folder.iterdir())
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -200,6 +210,8 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         folder.clear()
         runtime, reasons = resolve(config)
     torch.set_num_threads(runtime.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
     torch.use_deterministic_algorithms(config.deterministic)
     if runtime.device == "cpu":
         reuse_memory()

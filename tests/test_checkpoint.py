@@ -169,6 +169,12 @@ def test_without_a_folder_named_no_run_is_written_over_another(text):
     assert moe.checkpoint.newest_run() == Path("out/debug-2")
 
 
+def test_a_start_that_came_to_nothing_does_not_use_up_a_name(text):
+    assert run_training("--data", "nowhere.txt") == 2
+    assert run_training("--data", text, *FEATURES, "--steps", "1") == 0
+    assert Path("out/debug/config.json").exists()
+
+
 def test_old_checkpoints_go_and_the_newest_stay(text):
     options = ("--data", text, *FEATURES, "--train.save-interval", "4", "--train.keep-last", "3")
     assert run_training("--out", "run", *options) == 0
