@@ -59,7 +59,7 @@ def test_each_price_is_the_models_own_given_at_least_half_a_window(bytes_run):
 def test_overlapping_windows_price_every_target_once(length, total):
     seen = [
         target
-        for _, targets in overlapping_windows(np.arange(total + 1), length)
+        for _, targets in overlapping_windows(np.arange(total + 1), length, 3)
         for target in targets.flatten().tolist()
         if target != -100
     ]

@@ -103,27 +103,33 @@ def evaluate(
     return Score(float(prices.sum()), corpus.characters(stream.split), corpus.bytes(stream.split), len(prices)), load
 
 
-def overlapping_windows(ids: np.ndarray, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows half a window apart; where they stand does not depend on what comes later. Targets seen before are
-    -100."""
+def overlapping_windows(ids: np.ndarray, length: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows half a window apart; where they stand does not depend on what comes later. Targets seen before, and what
+    fills up the last window, are -100."""
     half = max(length // 2, 1)
-    for start in range(0, max(len(ids) - 1 - (length - half), 1), half):
-        tokens, targets = ids[start : start + length], ids[start + 1 : start + length + 1].copy()
-        if start:
-            targets[: length - half] = IGNORE
-        yield torch.from_numpy(tokens[: len(targets)])[None], torch.from_numpy(targets)[None]
+    starts = range(0, max(len(ids) - 1 - (length - half), 1), half)
+    for first in range(0, len(starts), batch_size):
+        rows = []
+        for start in starts[first : first + batch_size]:
+            row = ids[start : start + length + 1]
+            targets = np.pad(row[1:], (0, length + 1 - len(row)), constant_values=IGNORE)
+            targets[: length - half if start else 0] = IGNORE
+            rows.append((np.pad(row[:-1], (0, length + 1 - len(row))), targets))
+        tokens, wanted = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+        yield tokens, wanted
 
 
 def prices_of(run: Run, data: bytes, windows: Windows = "overlapping") -> np.ndarray:
     """The price of each token of any bytes, in nats, float64."""
     ids = np.concatenate([[run.tokenizer.end_of_text], run.tokenizer.encode_bytes(data)]).astype(np.int64)
-    length = run.config.train.sequence_length if windows == "separate" else run.model.config.max_position_embeddings
-    if windows == "overlapping":
-        batches = overlapping_windows(ids, length)
-    else:
-        batches = separate_windows(
-            lambda start, count: ids[start : start + count], len(ids), length, max(1, BATCH_TOKENS // length)
-        )
+    separate = windows == "separate"
+    length = run.config.train.sequence_length if separate else run.model.config.max_position_embeddings
+    batch_size = max(1, BATCH_TOKENS // length)
+    batches = (
+        separate_windows(lambda start, count: ids[start : start + count], len(ids), length, batch_size)
+        if separate
+        else overlapping_windows(ids, length, batch_size)
+    )
     return price(run.model, batches, lambda: torch.autocast("cpu", enabled=False))[0]
 
 
