@@ -106,6 +106,8 @@ def converse(answer: Callable[[str], None]) -> None:
 def main() -> int:
     args = tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
+        if args.seed is not None and not 0 <= args.seed < 2**63:
+            raise SamplingError(f"--seed {args.seed} must lie between 0 and 2**63 - 1")
         if args.max_new_tokens < 0 or args.num_samples < 1:
             raise SamplingError("--max-new-tokens must not be negative, and --num-samples at least 1")
         config = SampleConfig(args.temperature, args.top_k, args.top_p, args.min_p)

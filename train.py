@@ -74,10 +74,7 @@ def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
     base = stored if stored and known.preset in (None, stored.preset) else presets()[name]
     if known.init_from and not stored:  # the model is that run's, unless told otherwise
         base = replace(base, model=RunFolder(Path(known.init_from)).read_setup()[0].model)
-    settings = (tyro.conf.FlagCreatePairsOff,)
-    given = tyro.cli(
-        Arguments, args=arguments, default=Arguments(Session(), base), description=__doc__, config=settings
-    )
+    given = tyro.cli(Arguments, args=arguments, default=Arguments(Session(), base), description=__doc__)
     changed = [name for name in differences(stored, given.run) if name not in MAY_CHANGE] if stored else []
     if changed:
         raise CheckpointError(

@@ -117,12 +117,31 @@ def test_resume_keeps_its_word(text, capsys):
     assert "--resume auto" in capsys.readouterr().err
     assert run_training(*options, "--resume", "auto") == 0
     assert "nothing to do" in capsys.readouterr().out
+    assert run_training(*options, "--resume", "must", "--deterministic") == 2
+    assert "another deterministic" in capsys.readouterr().err
     assert run_training(*options, "--resume", "must", "--optim.muon-lr", "0.5") == 2
     assert "optim.muon_lr" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == files
     assert run_training("--out", "run", "--resume", "auto", "--steps", "22") == 0  # further than first planned
     assert len(read_metrics(Path("run/metrics.jsonl"))) == 22
     assert run_training("--out", "run", "--resume", "auto") == 0
+
+
+def test_the_same_command_continues_a_run_flags_included(text):
+    options = (
+        "--out",
+        "run",
+        "--data",
+        text,
+        *FEATURES,
+        "--deterministic",
+        "--model.tie-word-embeddings",
+        "--resume",
+        "auto",
+    )
+    assert run_training(*options, "--model.no-norm-topk-prob") == 0
+    assert run_training(*options, "--model.no-norm-topk-prob", "--steps", "21") == 0
+    assert len(read_metrics(Path("run/metrics.jsonl"))) == 21
 
 
 def test_a_run_does_not_continue_on_a_changed_text(text, capsys):

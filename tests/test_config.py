@@ -45,6 +45,7 @@ def test_fields_carry_the_names_of_transformers_deepseek_v3_config():
         (OptimConfig, {"warmup": 0.5, "decay": 0.6}, "add up"),
         (RunConfig, {"minutes": -1.0}, "minutes"),
         (RunConfig, {"steps": 0}, "steps"),
+        (RunConfig, {"seed": -1}, "seed = -1"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(kind, change, says):
