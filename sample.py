@@ -95,7 +95,8 @@ def converse(answer: Callable[[str], None]) -> None:
     print("Write the beginning of a text; an empty line ends.", file=sys.stderr)
     while True:
         try:
-            prompt = input("> ")
+            print("> ", end="", file=sys.stderr, flush=True)
+            prompt = input()
         except EOFError:
             return
         if not prompt:

@@ -22,7 +22,16 @@ import tyro
 from torch import Tensor
 
 import moe
-from moe.checkpoint import CheckpointError, Run, RunFolder, State, load_model, random_state, set_random_state
+from moe.checkpoint import (
+    CheckpointError,
+    Run,
+    RunFolder,
+    State,
+    load_model,
+    random_state,
+    read_state,
+    set_random_state,
+)
 from moe.config import ConfigError, MoeError, RunConfig, presets
 from moe.corpus import Corpus, prepare
 from moe.data import Batches, TokenStream
@@ -32,6 +41,7 @@ from moe.lab.score import check_length, evaluate
 from moe.metrics import CollapseAlarm, Display, Eta, MetricsLog, Wandb, clock, load_record, routing_record
 from moe.model import Losses, Transformer, count
 from moe.optim import Optimizers
+from moe.tokenizer import Tokenizer
 
 MAY_CHANGE = ("steps", "minutes", "train.eval_interval", "train.save_interval", "train.log_interval", "train.keep_last")
 
@@ -203,6 +213,9 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         stored, runtime, setup = folder.read_setup()
         resolve_device(runtime.device)
         reasons = {name: f"{value}: as the run began" for name, value in asdict(runtime).items()}
+        state = read_state(folder.checkpoints()[-1])
+        if state.progress(config) >= 1:
+            return display.say(f"finished {folder.path} has made its {state.step:,} steps: nothing to do")
     else:
         folder.clear()
         runtime, reasons = resolve(config)
@@ -214,14 +227,18 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         reuse_memory()
 
     # -- text ----------------------------------------------------------------------------------------------------------
-    start = moe.load(config.init_from, "cpu") if config.init_from else None
-    corpus = prepare(config.data, tokenizer=start.tokenizer if start else None, advance=display.advance)
+    start = moe.load(config.init_from, "cpu") if config.init_from and not resuming else None
+    tokenizer = start.tokenizer if start else None
+    if config.init_from and resuming:  # the weights are the run's own by now, and so is the tokenizer
+        tokenizer = Tokenizer.load(folder.path / "tokenizer.json")
+    corpus = prepare(config.data, tokenizer=tokenizer, advance=display.advance)
     display.close()
     identity = {"text": corpus.source, "tokenizer": corpus.tokenizer.hash}
     if resuming and setup != identity:
         raise CheckpointError(f"{config.data.source} is not the text that {folder.path} began with: give that one back")
     config = fit_vocabulary(config, corpus.tokenizer.vocab_size)
     training, validation = TokenStream(corpus, "train"), TokenStream(corpus, "val")
+    check_length(validation, config.train.sequence_length)
     characters_per_token = corpus.characters("train") / corpus.tokens("train")
 
     # -- model and optimizer -------------------------------------------------------------------------------------------
@@ -235,10 +252,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     state = folder.restore(model, optimizers) if resuming else State()
     batch_size, window = config.train.batch_size, config.train.sequence_length
     batches = Batches(training, batch_size, window, config.seed, state.cursor)
-    check_length(validation, window)
     describe(config, corpus, reasons, display, folder.path)
-    if state.progress(config) >= 1:
-        return display.say(f"finished {folder.path} has made its {state.step:,} steps: nothing to do")
     if not resuming or config != stored:
         folder.write_setup(config, runtime, corpus.tokenizer, identity)
     log = MetricsLog(folder.metrics, keep_steps=state.step)
@@ -295,6 +309,12 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
             display.warn(warning)
         ending = done or interruption.asked
         if ending or every(config.train.save_interval, state.step):
+            broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+            if broken:
+                raise TrainingError(
+                    f"step {state.step}: {broken[0]} is no longer finite, so this is not saved; the last checkpoint in "
+                    f"{folder.path} is untouched. Lower --optim.muon-lr and --optim.adam-lr"
+                )
             epoch, place = batches.cursor.epoch, batches.cursor.window
             state = replace(state, epoch=epoch, window=place, rng=random_state(), balance=alarm.streaks)
             checkpoint = folder.save(model, optimizers.state(), state, config.train.keep_last)
@@ -316,6 +336,8 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         balance = f"MaxVio {record['val_max_vio']:.2f} in the worst layer, {record['val_dead_experts']} dead experts"
         display.say(f"balance  over the validation split: {balance}")
     display.say(f"picture  {draw_run(folder.path)}")
+    for layer in model.moe_layers():
+        layer.backend = config.model.expert_backend  # a token at a time is not what training chose for
     run = Run(model.eval(), corpus.tokenizer, config, checkpoint)
     display.say(f"sample\n{moe.generate_text(run, max_new_tokens=200, seed=config.seed).strip()}\n")
     display.say(
@@ -353,4 +375,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that cannot show a sample's letter
     sys.exit(main(sys.argv[1:]))

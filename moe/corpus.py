@@ -88,7 +88,7 @@ def read_header(path: Path) -> ShardHeader:
         with open(path, "rb") as file:
             header = from_dict(ShardHeader, json.loads(file.read(HEADER)), path.name)
         size = path.stat().st_size
-    except (OSError, ValueError, ConfigError) as error:
+    except (OSError, ValueError, TypeError, ConfigError) as error:
         raise CorpusError(f"{path}: not a token shard ({error}): prepare the text again") from None
     if header.format != 1 or header.dtype not in ("uint16", "uint32") or header.tokens < 0:
         raise CorpusError(f"{path}: format {header.format} with {header.dtype} ids is not known here")
@@ -211,11 +211,12 @@ def scan(source: Path, config: DataConfig, advance: Advance) -> Source:
     if not source.exists():
         raise CorpusError(f"{source}: no such file or folder; the data sets known by name are: {', '.join(DATA_SETS)}")
     found = [source] if source.is_file() else sorted(source.rglob("*"))
-    files = [path for path in found if path.is_file() and not path.name.startswith(".")]
+    visible = [path for path in found if not any(part.startswith(".") for part in path.relative_to(source).parts)]
+    files = [path for path in visible if path.is_file()]
     total = sum(path.stat().st_size for path in files)
     sha256, characters, size = hashlib.sha256(), 0, 0
     for path in files:
-        sha256.update(f"\0{path.relative_to(source)}\0".encode())
+        sha256.update(b"\0" + os.fsencode(path.relative_to(source)) + b"\0")
         for text in read_text(path, config.errors, sha256):
             characters += len(text)
             size += len(text.encode())
@@ -275,6 +276,8 @@ def prepare(
         write_corpus(partial, source, tokenizer or make_tokenizer(source, config, advance), advance)
         partial.rename(folder)
     except OSError as error:
+        if out is None and folder.exists():  # another process has prepared the same text meanwhile
+            return open_corpus(folder)
         raise CorpusError(f"{folder}: cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -88,7 +88,7 @@ class Batches:
             rows.append(self.stream.read(int(self.starts[self.cursor.window]), self.sequence_length + 1))
             self.cursor.window += 1
         ids = torch.from_numpy(np.stack(rows)).to(device)
-        return ids[:, :-1], ids[:, 1:]
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 def separate_windows(

@@ -117,7 +117,7 @@ def working_losses(
             shape = (config.train.batch_size, config.train.sequence_length)
             tokens = torch.zeros(shape, dtype=torch.int64, device=runtime.device)
             with runtime.autocast():
-                losses_of(tokens, tokens).objective.backward()
+                losses_of(tokens, tokens.clone(), None).objective.backward()
             return losses_of, attempt
         except torch.OutOfMemoryError:
             raise

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.config import ModelConfig
+from moe.config import ModelConfig, require
 from moe.router import Router, RoutingStats, count_load
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -123,7 +123,11 @@ BACKENDS: dict[str, Backend] = {"loop": loop_experts, "grouped": grouped_experts
 
 def choose_backend(config: ModelConfig, device: str, dtype: torch.dtype, tokens: int) -> tuple[str, str]:
     """The back-end for this many tokens, and why: by capability and size alone, never by timing."""
+    numbers = 16 // dtype.itemsize
+    misfit = f"grouped products need hidden_size and moe_intermediate_size divisible by {numbers} in {dtype}"
+    aligned = config.hidden_size % numbers == 0 and config.moe_intermediate_size % numbers == 0
     if config.expert_backend != "auto":
+        require(config.expert_backend != "grouped" or aligned, f"expert_backend = grouped: {misfit}")
         return config.expert_backend, "as asked"
     if tokens * config.num_experts_per_tok <= FEW_PAIRS:
         return (
@@ -131,9 +135,10 @@ def choose_backend(config: ModelConfig, device: str, dtype: torch.dtype, tokens:
             if device == "cuda"
             else ("loop", f"few tokens on {device}: only the chosen experts are touched")
         )
-    numbers = 16 // dtype.itemsize
-    if config.hidden_size % numbers or config.moe_intermediate_size % numbers:
-        return "loop", f"grouped products need hidden_size and moe_intermediate_size divisible by {numbers} in {dtype}"
+    if not aligned:
+        return "loop", misfit
+    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "loop", "grouped products need compute capability 8.0"
     if device not in ("cpu", "cuda"):
         return "loop", f"grouped products are untested on {device}"
     return "grouped", f"{tokens} tokens: one product for all experts"

@@ -273,6 +273,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_ch
     assert len(read_metrics(Path("run/metrics.jsonl"))) == 7
 
 
+def test_a_weight_that_is_not_finite_is_never_saved(text, monkeypatch, capsys):
+    original, calls = train.Optimizers.step, []
+
+    def ruin(self, progress):
+        calls.append(1)
+        share = original(self, progress)
+        if len(calls) == 10:
+            self.adam.param_groups[1]["params"][0].data.fill_(np.nan)
+        return share
+
+    monkeypatch.setattr(train.Optimizers, "step", ruin)
+    assert run_training("--out", "run", "--data", text, *FEATURES, "--train.save-interval", "5") == 2
+    assert "no longer finite" in capsys.readouterr().err
+    assert [path.name for path in RunFolder(Path("run")).checkpoints()] == ["00000005"]
+
+
+def test_training_moves_the_expert_bias_by_whole_steps_and_keeps_it_centred(debug_run):
+    biases = [layer.router.expert_bias for layer in moe.load(debug_run).model.moe_layers()]
+    for bias in biases:
+        assert bias.abs().max() > 0.02
+        assert abs(bias.mean().item()) < 1e-5
+
+
 def test_metrics_are_whole_lines_and_a_torn_last_one_is_skipped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)

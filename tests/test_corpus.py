@@ -60,6 +60,7 @@ def test_a_folder_is_its_files_in_order_each_behind_an_end_of_text(tmp_path):
     write(tmp_path / "text" / "a.txt", "aaaaaa")
     write(tmp_path / "text" / "sub" / "c.txt", "cc")
     write(tmp_path / "text" / ".hidden", b"\xff")
+    write(tmp_path / "text" / ".git" / "config", "dd")
     prepared = prepare(DataConfig(str(tmp_path / "text"), val_fraction=0.3, **BYTES), tmp_path / "out")
     end = prepared.tokenizer.end_of_text
     assert tokens_of(prepared.folder, "train") == [end, *b"aaaaaa", end, *b"bb"]

@@ -52,6 +52,8 @@ def main() -> int:
     except moe.MoeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
