@@ -65,7 +65,9 @@ class Muon(torch.optim.Optimizer):
         for weight in weights:
             assert weight.grad is not None
             state = self.state[weight]
-            buffer = state.setdefault("momentum", torch.zeros_like(weight))
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(weight)
+            buffer = state["momentum"]
             buffer.lerp_(weight.grad, 1 - momentum)
             steps.append(torch.lerp(weight.grad, buffer, momentum))  # Nesterov's look ahead
         stack = torch.stack(steps).to(self.dtype)

@@ -40,6 +40,20 @@ def test_each_expert_and_each_fused_half_is_orthogonalized_by_itself():
     )
 
 
+def test_muon_looks_ahead_decays_and_scales_tall_matrices():
+    weight = torch.nn.Parameter(torch.randn(12, 3))
+    optimizer = Muon([{"params": [weight]}], momentum=0.9, weight_decay=0.5, dtype=torch.float32)
+    optimizer.param_groups[0]["lr"] = 0.1
+    expected, momentum = weight.detach().clone(), torch.zeros(12, 3)
+    for _ in range(3):
+        weight.grad = torch.randn(12, 3)
+        momentum = 0.9 * momentum + 0.1 * weight.grad
+        direction = orthogonalize((0.1 * weight.grad + 0.9 * momentum)[None])[0]
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * 2 * direction  # sqrt(12 / 3) = 2
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected)
+
+
 def test_every_parameter_is_in_exactly_one_group(small):
     model = Transformer(replace(small, q_lora_rank=8))
     groups = sort_parameters(model)
