@@ -231,7 +231,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(self.steps > 0, f"steps = {self.steps} must be greater than 0")
         require(0 <= self.seed < 2**63, f"seed = {self.seed} must lie between 0 and 2**63 - 1")
-        require(self.minutes is None or self.minutes > 0, f"minutes = {self.minutes} must be greater than 0")
+        minutes = self.minutes
+        require(minutes is None or 0 < minutes < float("inf"), f"minutes = {minutes} must be finite and greater than 0")
         window, context = self.train.sequence_length, self.model.max_position_embeddings
         name = "model.max_position_embeddings"
         require(window <= context, f"train.sequence_length = {window} is more than the context, {name} = {context}")

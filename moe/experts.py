@@ -89,7 +89,7 @@ def grouped_experts(x: Tensor, chosen: Tensor, gates: Tensor, gate_up_proj: Tens
 def segment_alignment(x: Tensor) -> int:
     """Rows a segment is rounded up to. On a CPU in bfloat16 each new shape of a product costs oneDNN 1-2 ms, thirty
     times the product itself: multiples of 32 leave a few dozen shapes, met in the first steps (a training step of
-    `tiny`: 375 ms without, 100 ms with)."""
+    `tiny`: 375 ms without, 190 ms with)."""
     return 32 if x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1
 
 

@@ -58,7 +58,7 @@ def run_training(*arguments: str) -> int:
 
 @pytest.fixture(scope="session")
 def debug_run(tmp_path_factory) -> Path:
-    """A finished run of preset debug, as bytes so that any text has a price of its own. Not to be written to."""
+    """A finished run of preset debug. Not to be written to."""
     folder = tmp_path_factory.mktemp("run") / "debug"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder.parent)
