@@ -173,13 +173,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(regex.findall(PATTERN, text))
-    words = [list(word.encode()) for word in counts]
+    words = [word.encode().decode("latin-1") for word in counts]  # one character for each token, so far a byte each
     weights = list(counts.values())
     ranks = list(SINGLE_BYTES)
     ids = {token: rank for rank, token in enumerate(ranks)}
     pairs = PairCounts()
     for index, word in enumerate(words):
-        pairs.add(word, index, weights[index])
+        for left, right in itertools.pairwise(word):
+            pairs.add(left + right, weights[index], index)
     while len(ranks) < vocab_size - 1:
         pair = pairs.most_frequent()
         if pair is None:
@@ -187,35 +188,46 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
                 f"a vocabulary of {vocab_size} is too large for this text, whose repeated pairs make only "
                 f"{len(ranks) + 1} tokens: use a vocab-size of {len(ranks) + 1}, or the tokenizer bytes"
             )
-        merged = ranks[pair[0]] + ranks[pair[1]]
+        merged = ranks[ord(pair[0])] + ranks[ord(pair[1])]
         if merged not in ids:  # two ways to spell the same bytes are one token
             ids[merged] = len(ranks)
             ranks.append(merged)
         for index in pairs.where.pop(pair):
-            pairs.add(words[index], index, -weights[index])
-            words[index] = merge(words[index], pair, ids[merged])
-            pairs.add(words[index], index, weights[index])
+            words[index] = pairs.merge(words[index], pair, chr(ids[merged]), weights[index], index)
     return Tokenizer(ranks, PATTERN)
 
 
 class PairCounts:
-    """How often each pair of neighbouring ids occurs, and in which words; the most frequent from a heap of counts,
+    """How often each pair of neighbouring tokens occurs, and in which words; the most frequent from a heap of counts,
     stale ones skipped."""
 
     def __init__(self) -> None:
-        self.counts: Counter[tuple[int, int]] = Counter()
-        self.where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
-        self.heap: list[tuple[int, tuple[int, int]]] = []
-        self.changed: set[tuple[int, int]] = set()
+        self.counts: Counter[str] = Counter()
+        self.where: defaultdict[str, list[int]] = defaultdict(list)
+        self.heap: list[tuple[int, str]] = []
+        self.changed: set[str] = set()
 
-    def add(self, word: list[int], index: int, weight: int) -> None:
-        for pair in itertools.pairwise(word):
-            self.counts[pair] += weight
-            self.changed.add(pair)
-            if weight > 0:
-                self.where[pair].add(index)
+    def add(self, pair: str, weight: int, index: int) -> None:
+        self.counts[pair] += weight
+        self.changed.add(pair)
+        if weight > 0:
+            self.where[pair].append(index)
 
-    def most_frequent(self) -> tuple[int, int] | None:
+    def merge(self, word: str, pair: str, merged: str, weight: int, index: int) -> str:
+        """The word with every such pair made one token. Only what stands beside them is counted anew."""
+        parts = word.split(pair)
+        for number, (before, after) in enumerate(itertools.pairwise(parts)):
+            self.counts[pair] -= weight
+            left = before[-1:] or (pair[1] if number else "")
+            if left:
+                self.add(left + pair[0], -weight, index)
+                self.add((before[-1:] or merged) + merged, weight, index)
+            if after:
+                self.add(pair[1] + after[0], -weight, index)
+                self.add(merged + after[0], weight, index)
+        return merged.join(parts)
+
+    def most_frequent(self) -> str | None:
         for pair in self.changed:
             if self.counts[pair] > 1:
                 heapq.heappush(self.heap, (-self.counts[pair], pair))
@@ -225,16 +237,3 @@ class PairCounts:
             if self.counts[pair] == -count:
                 return pair
         return None
-
-
-def merge(word: list[int], pair: tuple[int, int], merged: int) -> list[int]:
-    out: list[int] = []
-    position = 0
-    while position < len(word):
-        if word[position] == pair[0] and position + 1 < len(word) and word[position + 1] == pair[1]:
-            out.append(merged)
-            position += 2
-        else:
-            out.append(word[position])
-            position += 1
-    return out
