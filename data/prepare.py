@@ -1,11 +1,15 @@
 """Turn text into token shards that train.py reads.
 
-python data/prepare.py my-text.txt --out prepared      a file, or a folder of files
+python data/prepare.py my-text.txt --out prepared      a text, .jsonl or .parquet file, or a folder of files
+python data/prepare.py tinystories --max-bytes 100000000
 python train.py --data prepared
+
+Killed, it goes on from its last shard when the same command is given again.
 """
 
+import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,32 +18,42 @@ import tyro
 from moe.config import DataConfig, MoeError
 from moe.corpus import prepare
 from moe.metrics import Display
+from moe.sources import SPLITS
+from moe.streams import DATA_SETS
 
 
 @dataclass(frozen=True)
 class Arguments:
-    source: Annotated[str, tyro.conf.Positional]  # a text file, a folder of text files, or a data set's name
+    source: Annotated[str, tyro.conf.Positional]  # a file, a folder of files, or a data set's name
     out: Path | None = None  # the folder to make; by default one under out/data/
     tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"
     vocab_size: int = 512  # of the BPE, 256 bytes and the end of text included
-    val_fraction: float = 0.1  # the last characters of the text
+    val_fraction: float = 0.1  # the last bytes of the text, before those of the test split
+    test_fraction: float = 0.0  # the very last bytes
     errors: Literal["strict", "replace"] = "strict"  # what undecodable bytes do: stop, or become U+FFFD
+    field: str = "text"  # of JSON lines and .parquet files: where the text is
+    max_bytes: int = 0  # read no more text than this; 0: all
 
 
 def main() -> int:
-    args = tyro.cli(Arguments, description=__doc__)
+    names = "\n".join(f"{name:17}{known.size}; {known.licence}; {known.home}" for name, known in DATA_SETS.items())
+    args = tyro.cli(Arguments, description=f"{__doc__}\nData sets known by name:\n{names}")
     display = Display()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        config = DataConfig(args.source, args.tokenizer, args.vocab_size, args.val_fraction, args.errors)
-        corpus = prepare(config, args.out, advance=display.advance)
+        settings = asdict(args)
+        out = settings.pop("out")
+        corpus = prepare(DataConfig(**settings), out, advance=display.advance)
     except MoeError as error:
         display.close()
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        display.close()
+        print("stopped: the same command goes on from the last whole shard", file=sys.stderr)
         return 130
     display.close()
-    for split in ("train", "val"):
+    for split in (split for split in SPLITS if corpus.tokens(split)):
         counts = {"characters": corpus.characters(split), "bytes": corpus.bytes(split), "tokens": corpus.tokens(split)}
         print(f"{split:6}" + "".join(f"{number:>16,} {name}" for name, number in counts.items()))
     print(f"\nnext   python train.py --data {corpus.folder}")

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from moe.config import ConfigError, MoeError, RunConfig, from_dict, to_dict
 from moe.data import Cursor
 from moe.device import Runtime, describe, resolve_device
+from moe.files import sync, sync_folder, write_whole
 from moe.model import Transformer
 from moe.optim import Optimizers
 from moe.tokenizer import Tokenizer
@@ -61,30 +62,6 @@ class State:
     @property
     def cursor(self) -> Cursor:
         return Cursor(self.epoch, self.window)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file in one step: the old content or the new one, never a part."""
-    passing = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(passing, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(passing, path)
-    sync_folder(path.parent)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(path: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        sync(path)
 
 
 def sha256_of(path: Path) -> str:

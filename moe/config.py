@@ -128,12 +128,15 @@ class DataConfig:
     """Which text, cut into which tokens."""
 
     source: Annotated[str, tyro.conf.arg(aliases=("--data",))] = (
-        "tinyshakespeare"  # a prepared folder, a text file, a folder of text files, or a data set's name
+        "tinyshakespeare"  # a prepared folder, a text, .jsonl or .parquet file, a folder of them, or a data set's name
     )
     tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"
     vocab_size: int = 512  # of the byte-level BPE, its 256 bytes and the end-of-text token included
-    val_fraction: float = 0.1  # the last characters of the text
+    val_fraction: float = 0.1  # the last bytes of the text, before those of the test split
+    test_fraction: float = 0.0  # the very last bytes, which training never looks at
     errors: Literal["strict", "replace"] = "strict"  # what undecodable bytes do: stop, or become U+FFFD
+    field: str = "text"  # of JSON lines and .parquet files: where the text is
+    max_bytes: int = 0  # read no more text than this; 0: all
 
     def __post_init__(self) -> None:
         require(
@@ -142,6 +145,10 @@ class DataConfig:
         )
         require(self.vocab_size <= 2**31, f"data.vocab_size = {self.vocab_size} does not fit a token id of 32 bits")
         require(0 < self.val_fraction < 1, f"data.val_fraction = {self.val_fraction} must lie between 0 and 1")
+        require(0 <= self.test_fraction < 1, f"data.test_fraction = {self.test_fraction} must lie between 0 and 1")
+        held_out = f"data.val_fraction = {self.val_fraction} and data.test_fraction = {self.test_fraction}"
+        require(self.val_fraction + self.test_fraction < 1, f"{held_out} leave nothing to train on")
+        require(self.max_bytes >= 0, f"data.max_bytes = {self.max_bytes} must not be negative; 0 means all")
 
 
 @dataclass(frozen=True)

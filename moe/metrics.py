@@ -125,15 +125,17 @@ class Display:
             print(message, file=sys.stderr, flush=True)
 
     def advance(self, stage: str, done: int, total: int) -> None:
-        """A long job before training: its stage, so far, of how much. Plain lines appear every 5 seconds only."""
+        """A long job before training: its stage, so far, of how much (0: unknown, then so far is in bytes). Plain lines
+        appear every 5 seconds only."""
         if stage != self.stage:
             self.start(stage)
             self.stage, self.spoke = stage, time.monotonic()
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, total=max(total, 1), completed=done)
+            line = "" if total else f"{done / 1e6:,.0f} MB"
+            self.bar.update(self.task, total=total or None, completed=done, line=line)
         elif time.monotonic() - self.spoke > 5:
             self.spoke = time.monotonic()
-            self.say(f"{stage}: {100 * done // max(total, 1)} %")
+            self.say(f"{stage}: {100 * done // total} %" if total else f"{stage}: {done / 1e6:,.0f} MB")
 
     def start(self, name: str) -> None:
         self.close()

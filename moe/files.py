@@ -1,0 +1,28 @@
+"""Files that are whole or not there: written beside, synced, renamed."""
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace a file in one step: the old content or the new one, never a part."""
+    passing = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(passing, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(passing, path)
+    sync_folder(path.parent)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        sync(path)

@@ -1,0 +1,150 @@
+"""The prepared folder: its format, how it is opened and checked, how shards are written.
+
+A prepared folder holds `tokenizer.json`, shards `train-00000.bin`, `val-00000.bin`, ..., `plan.json`, which says what
+they were made from, and `corpus.json`, written last. A shard is a header of HEADER bytes (JSON, padded with spaces) and
+then its ids, uint16 or uint32, little-endian.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moe.config import ConfigError, MoeError, from_dict
+from moe.files import sync_folder
+from moe.sources import SPLITS, START, Position
+from moe.tokenizer import Tokenizer
+
+FORMAT = 2
+HEADER = 4096
+
+
+class CorpusError(MoeError):
+    """A prepared folder that cannot be made or used."""
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    format: int
+    dtype: str
+    tokens: int
+    characters: int
+    bytes: int
+    tokenizer: str  # its hash
+    sha256: str  # of the ids
+    position: dict  # in the source, behind this shard
+
+
+Shards = list[tuple[Path, ShardHeader]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared folder, opened and checked."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    shards: dict[str, Shards]  # of "train", "val" and "test"
+    source: str  # sha256 of the text and of the names of its files
+
+    def characters(self, split: str) -> int:
+        return sum(header.characters for _, header in self.shards[split])
+
+    def bytes(self, split: str) -> int:
+        return sum(header.bytes for _, header in self.shards[split])
+
+    def tokens(self, split: str) -> int:
+        return sum(header.tokens for _, header in self.shards[split])
+
+
+def open_corpus(folder: Path) -> Corpus:
+    """Open a prepared folder. Raises CorpusError where headers, sizes or hashes disagree."""
+    try:
+        listing = json.loads((folder / "corpus.json").read_text("utf-8"))
+        names = {split: [str(name) for name in listing["shards"][split]] for split in SPLITS}
+        source = str(listing["source"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"{folder}: not a prepared folder ({type(error).__name__}: {error}): make one with data/prepare.py"
+        raise CorpusError(message) from None
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    paths = {split: [folder / Path(name).name for name in names[split]] for split in SPLITS}
+    shards = {split: [(path, read_header(path)) for path in paths[split]] for split in SPLITS}
+    for path, header in (shard for split in SPLITS for shard in shards[split]):
+        if header.tokenizer != tokenizer.hash:
+            raise CorpusError(f"{path}: was made with another tokenizer than the folder's: prepare the text again")
+    return Corpus(folder, tokenizer, shards, source)
+
+
+def read_header(path: Path) -> ShardHeader:
+    try:
+        with open(path, "rb") as file:
+            header = from_dict(ShardHeader, json.loads(file.read(HEADER)), path.name)
+        size = path.stat().st_size
+    except (OSError, ValueError, TypeError, ConfigError) as error:
+        raise CorpusError(f"{path}: not a token shard ({error}): prepare the text again") from None
+    if header.format != FORMAT or header.dtype not in ("uint16", "uint32") or header.tokens < 0:
+        raise CorpusError(f"{path}: format {header.format} with {header.dtype} ids is not known here")
+    expected = HEADER + header.tokens * np.dtype(header.dtype).itemsize
+    if size != expected:
+        raise CorpusError(
+            f"{path}: {header.tokens} tokens, as the header says, are {expected} bytes, but the file has {size}: "
+            "prepare the text again"
+        )
+    return header
+
+
+def finished_shards(folder: Path) -> Shards:
+    """In the order in which they were written."""
+    shards = [(path, read_header(path)) for split in SPLITS for path in sorted(folder.glob(f"{split}-*.bin"))]
+    return sorted(shards, key=lambda shard: shard[1].position["units"])
+
+
+@dataclass(frozen=True)
+class Encoded:
+    ids: bytes
+    tokens: int
+    characters: int
+    bytes: int
+
+
+class ShardWriter:
+    """A shard under way, under a passing name: ids as they come, the header once all is known, then its own name."""
+
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer) -> None:
+        self.split, self.tokenizer = split, tokenizer
+        self.path = folder / f"{split}-{len(list(folder.glob(f'{split}-*.bin'))):05d}.bin"
+        self.passing = self.path.with_name(f".{self.path.name}")
+        self.file = open(self.passing, "wb")  # noqa: SIM115, closed in finish()
+        self.file.write(b" " * HEADER)
+        self.tokens = self.characters = self.bytes = 0
+        self.sha256 = hashlib.sha256()
+        self.position = START
+
+    def add(self, encoded: Encoded, position: Position) -> None:
+        self.file.write(encoded.ids)
+        self.sha256.update(encoded.ids)
+        self.tokens += encoded.tokens
+        self.characters += encoded.characters
+        self.bytes += encoded.bytes
+        self.position = position
+
+    def finish(self) -> None:
+        counts = (self.tokens, self.characters, self.bytes)
+        known = (self.tokenizer.hash, self.sha256.hexdigest(), self.position)
+        header = json.dumps(asdict(ShardHeader(FORMAT, dtype_of(self.tokenizer), *counts, *known))).encode()
+        if len(header) > HEADER:
+            raise CorpusError(f"{self.path}: the source's position does not fit into a shard's header")
+        self.file.seek(0)
+        self.file.write(header.ljust(HEADER))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.passing.rename(self.path)
+        sync_folder(self.path.parent)
+
+
+def dtype_of(tokenizer: Tokenizer) -> str:
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
