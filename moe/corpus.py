@@ -12,7 +12,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from moe.sources import SPLITS, START, Advance, Source, Unit, Unreachable
 from moe.streams import DATA_SETS, open_source
 from moe.tokenizer import Tokenizer, bytes_tokenizer, gpt2_tokenizer, train_bpe
 
-LOCK = ".lock"
 SHARD_TOKENS = 1 << 24  # a shard is closed behind the unit that brings it here
 BPE_CHARACTERS = 1 << 24  # of the training split, from all over it, are what the tokenizer learns from
 
@@ -62,23 +61,19 @@ def prepare(
         return open_corpus(folder)
     passing = folder.with_name(f"{folder.name}.partial")
     try:
-        with claimed(passing, advance):
-            if folder.exists():  # another process has prepared the same text meanwhile
-                shutil.rmtree(passing, ignore_errors=True)
-            else:
+        with claimed(folder, advance):
+            if not folder.exists():  # else another process has prepared the same text meanwhile
                 build(passing, plan, source, lambda: tokenizer or make_tokenizer(source, config, advance), advance)
                 passing.rename(folder)
-                (folder / LOCK).unlink()
     except OSError as error:
-        raise CorpusError(f"{folder}: cannot be written: {error.strerror}") from None
+        raise CorpusError(f"{folder}: cannot be written: {error.strerror or error}") from None
     return open_corpus(folder)
 
 
 @contextmanager
 def claimed(folder: Path, advance: Advance) -> Iterator[None]:
-    """Make a folder this process's own; another one waits."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
+    """Only one process at a time makes a folder; others wait, and a lock dies with its process."""
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     while not lock.is_locked:
         try:
             lock.acquire(timeout=1)
@@ -87,6 +82,8 @@ def claimed(folder: Path, advance: Advance) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()  # while it is held: whoever waits notices and asks anew
         lock.release()
 
 
@@ -95,8 +92,9 @@ def build(
 ) -> None:
     """Fill a folder, from where an earlier attempt at the same plan was stopped. A text that turns out to be no good
     leaves nothing."""
-    if not continues(folder, plan):
-        write_whole(folder / "plan.json", json.dumps(plan, indent=1).encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    clear(folder, unless=plan)
+    write_whole(folder / "plan.json", json.dumps(plan, indent=1).encode())
     try:
         if not (folder / "tokenizer.json").exists():
             write_whole(folder / "tokenizer.json", json.dumps(choose_tokenizer().to_json()).encode())
@@ -105,7 +103,7 @@ def build(
         for path, _ in finished_shards(folder):
             names[path.name.split("-")[0]].append(path.name)
         if not names["train"]:
-            raise CorpusError("no text is left to train on: give more of it, or a smaller --val-fraction")
+            raise CorpusError("no text is left to train on: give more of it, or a smaller val-fraction")
         facts = {"format": FORMAT, "source": source.identity, "shards": names}
         write_whole(folder / "corpus.json", json.dumps(facts, indent=1).encode())
     except Unreachable:
@@ -115,35 +113,42 @@ def build(
         raise
 
 
-def continues(folder: Path, plan: dict[str, Any]) -> bool:
-    """Whether a folder holds the beginning of just this. If it holds that of something else, it is emptied."""
-    names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-    if names and "plan.json" not in names:
-        raise CorpusError(f"{folder} holds a {names[0]} that no preparation made: choose another --out, or move it")
+def clear(folder: Path, unless: dict[str, Any]) -> None:
+    """Remove what an earlier attempt has left: all of it if its plan was another, else just its unfinished files."""
+    names = {path.name for path in folder.iterdir()}
+    plan = folder / "plan.json"
+    strange = [name for name in names if not name.startswith(".")] if not plan.exists() else []
+    if strange:
+        raise CorpusError(f"{folder} holds a {strange[0]} that no preparation made: choose another --out, or move it")
     try:
-        if names and json.loads((folder / "plan.json").read_text("utf-8")) == plan:
-            finished_shards(folder)
-            return True
+        same = plan.exists() and json.loads(plan.read_text("utf-8")) == unless
+        finished_shards(folder)
     except (ValueError, CorpusError):
-        pass
-    for name in sorted(names):  # plan.json before the shards: they never stand without one
-        (folder / name).unlink()
-    return False
+        same = False
+    if not same:
+        write_whole(plan, b"{}")  # first, lest a kill from here on leave half of it under the old plan
+    for name in names - {plan.name}:
+        if not same or name.startswith("."):
+            (folder / name).unlink()
 
 
 def write_shards(folder: Path, source: Source, tokenizer: Tokenizer, advance: Advance) -> None:
     shards = finished_shards(folder)
     position = shards[-1][1].position if shards else START
     shard: ShardWriter | None = None
-    for unit, encoded in encode_all(source.units(position), tokenizer):
-        if shard and (shard.split != unit.split or shard.tokens >= SHARD_TOKENS):
+    try:
+        for unit, encoded in encode_all(source.units(position), tokenizer):
+            if shard and (shard.split != unit.split or shard.tokens >= SHARD_TOKENS):
+                shard.finish()
+                shard = None
+            shard = shard or ShardWriter(folder, unit.split, tokenizer)
+            shard.add(encoded, unit.position)
+            advance("encoding", unit.position["bytes"], source.total)
+        if shard:
             shard.finish()
-            shard = None
-        shard = shard or ShardWriter(folder, unit.split, tokenizer)
-        shard.add(encoded, unit.position)
-        advance("encoding", unit.position["bytes"], source.total)
-    if shard:
-        shard.finish()
+    finally:
+        if shard:
+            shard.file.close()
 
 
 def encode_all(units: Iterator[Unit], tokenizer: Tokenizer) -> Iterator[tuple[Unit, Encoded]]:

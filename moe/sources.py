@@ -68,10 +68,9 @@ class Slice:
 
     split: str
     path: Path
-    opens: bool
     begin: int
     end: int
-    limit: int  # where the file's part of the split ends
+    part: range  # the file's bytes that belong to the split
 
 
 class Files:
@@ -87,9 +86,8 @@ class Files:
         if not self.total:
             raise SourceError(f"{source}: " + ("the file is empty" if source.is_file() else "no text in this folder"))
         self.identity = self._sha256(source, advance)
-        val, test = Fraction(str(config.val_fraction)), Fraction(str(config.test_fraction))
-        self.train = int(self.total * (1 - val - test))
-        self.cuts = (0, self.train, int(self.total * (1 - test)), self.total)
+        self.train, val_end = split_ends(self.total, config)
+        self.cuts = (0, self.train, val_end, self.total)
 
     def _sha256(self, source: Path, advance: Advance) -> str:
         sha256, done = hashlib.sha256(), 0
@@ -106,7 +104,8 @@ class Files:
         done, count = position["bytes"], position["units"]
         for piece in islice(self._slices(), count, None):
             done, count = done + piece.end - piece.begin, count + 1
-            yield Unit(piece.split, piece.opens, partial(self._read, piece), {"units": count, "bytes": done})
+            opens = piece.begin == piece.part.start or is_json_lines(piece.path)
+            yield Unit(piece.split, opens, partial(self._read, piece), {"units": count, "bytes": done})
 
     def _slices(self) -> Iterator[Slice]:
         for split, low, high in zip(SPLITS, self.cuts, self.cuts[1:], strict=False):
@@ -116,16 +115,15 @@ class Files:
                 start += size
                 if begin >= end:
                     continue
-                begin, end = (whole_character_or_line(path, at) for at in (begin, end))
-                for at in range(begin, end, UNIT):
-                    yield Slice(split, path, at == begin, at, min(at + UNIT, end), end)
+                part = range(whole_character_or_line(path, begin), whole_character_or_line(path, end))
+                for at in part[::UNIT]:
+                    yield Slice(split, path, at, min(at + UNIT, part.stop), part)
 
     def _read(self, piece: Slice) -> list[str]:
         lines = is_json_lines(piece.path)
         move = next_line if lines else next_edge
         with open_file(piece.path) as file:
-            begin = piece.begin if piece.opens else move(file, piece.begin, piece.limit)
-            end = move(file, piece.end, piece.limit)
+            begin, end = (move(file, at, piece.part) for at in (piece.begin, piece.end))
             file.seek(begin)
             data = file.read(end - begin)
         if lines:
@@ -141,6 +139,12 @@ def find_files(source: Path) -> list[Path]:
     found = [source] if source.is_file() else sorted(source.rglob("*"))
     visible = (path for path in found if not any(part.startswith(".") for part in path.relative_to(source).parts))
     return [path for path in visible if path.is_file()]
+
+
+def split_ends(total: int, config: DataConfig) -> tuple[int, int]:
+    """Where training and validation end, in bytes; exact, because 0.05 in binary is not."""
+    val, test = Fraction(str(config.val_fraction)), Fraction(str(config.test_fraction))
+    return int(total * (1 - val - test)), int(total * (1 - test))
 
 
 def is_json_lines(path: Path) -> bool:
@@ -160,31 +164,34 @@ def whole_character_or_line(path: Path, at: int) -> int:
     if at in (0, size):
         return at
     with open_file(path) as file:
-        return next_line(file, at, size) if is_json_lines(path) else next_character(file, at)
+        return next_line(file, at, range(size)) if is_json_lines(path) else next_character(file, at)
 
 
 def next_character(file: BinaryIO, at: int) -> int:
     file.seek(at)
-    return at + next((i for i, byte in enumerate(file.read(3)) if byte & 0xC0 != 0x80), 0)
+    head = file.read(3)  # a character has three bytes at most behind its first
+    return at + next((i for i, byte in enumerate(head) if byte & 0xC0 != 0x80), len(head))
 
 
-def next_line(file: BinaryIO, at: int, limit: int) -> int:
+def next_line(file: BinaryIO, at: int, part: range) -> int:
+    if at in (part.start, part.stop):
+        return at
     file.seek(at - 1)
     file.readline()
-    return min(file.tell(), limit)
+    return min(file.tell(), part.stop)
 
 
-def next_edge(file: BinaryIO, at: int, limit: int) -> int:
+def next_edge(file: BinaryIO, at: int, part: range) -> int:
     """The first place from `at` on that no pattern joins. A text without one for LOOK_AHEAD bytes, which is no prose,
     is cut at any character."""
-    if at >= limit:
-        return limit
-    at = next_character(file, at)
+    if at in (part.start, part.stop):
+        return at
+    at = min(next_character(file, at), part.stop)
     file.seek(at)
-    text = file.read(min(LOOK_AHEAD, limit - at)).decode("utf-8", "surrogateescape")
+    text = file.read(min(LOOK_AHEAD, part.stop - at)).decode("utf-8", "surrogateescape")
     if edge := EDGE.search(text):
         return at + len(text[: edge.start()].encode("utf-8", "surrogateescape"))
-    return limit if limit - at <= LOOK_AHEAD else at
+    return part.stop if part.stop - at <= LOOK_AHEAD else at
 
 
 def read_json_lines(data: bytes, path: Path, begin: int, field: str, errors: str) -> list[str]:

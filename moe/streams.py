@@ -99,14 +99,15 @@ def download(name: str, known: DataSet, advance: Advance) -> Path:
                 while block := text.read(BLOCK):
                     file.write(block)
                     sha256.update(block)
-            packed.unlink()
             if sha256.hexdigest() != known.sha256:
-                passing.unlink()
                 raise SourceError(f"{known.home} is not {name}, its sha256 differs: pass a local file with --data PATH")
             passing.rename(path)
     except (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         message = f"{known.home} could not be downloaded ({error}): pass a local file of {name} with --data PATH"
         raise Unreachable(message) from None
+    finally:
+        packed.unlink(missing_ok=True)
+        passing.unlink(missing_ok=True)
     return path
 
 
