@@ -171,16 +171,10 @@ def cores() -> int:
 
 
 def encode(unit: Unit, tokenizer: Tokenizer) -> Encoded:
-    texts, parts = unit.read(), []
-    for number, text in enumerate(texts):
-        if unit.opens or number:
-            parts.append(np.array([tokenizer.end_of_text], dtype=np.uint32))
-        parts.append(tokenizer.encode(text))
-    ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
-    size = sum(len(text.encode()) for text in texts)
-    return Encoded(
-        ids.astype(np.dtype(dtype_of(tokenizer)).newbyteorder("<")).tobytes(), len(ids), sum(map(len, texts)), size
-    )
+    texts = unit.read()
+    ids = tokenizer.encode_documents([""] * unit.opens + texts if texts else [])
+    data = ids.astype(np.dtype(dtype_of(tokenizer)).newbyteorder("<")).tobytes()
+    return Encoded(data, len(ids), sum(map(len, texts)), sum(len(text.encode()) for text in texts))
 
 
 def make_tokenizer(source: Source, config: DataConfig, advance: Advance) -> Tokenizer:

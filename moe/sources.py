@@ -9,6 +9,7 @@ behind the last unit it has written.
 * A data set is streamed through the `datasets` library; some consecutive documents are a unit.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -85,20 +86,9 @@ class Files:
         self.files = [(path, min(size, self.total - at)) for (path, size), at in zip(sizes, before, strict=False)]
         if not self.total:
             raise SourceError(f"{source}: " + ("the file is empty" if source.is_file() else "no text in this folder"))
-        self.identity = self._sha256(source, advance)
+        self.identity = fingerprint(source, self.files, advance, self.errors)
         self.train, val_end = split_ends(self.total, config)
         self.cuts = (0, self.train, val_end, self.total)
-
-    def _sha256(self, source: Path, advance: Advance) -> str:
-        sha256, done = hashlib.sha256(), 0
-        for path, size in self.files:
-            sha256.update(b"\0" + os.fsencode(path.relative_to(source)) + b"\0")
-            with open_file(path) as file:
-                for begin in range(0, size, BLOCK):
-                    sha256.update(file.read(min(BLOCK, size - begin)))
-                    done += min(BLOCK, size - begin)
-                    advance("reading", done, self.total)
-        return sha256.hexdigest()
 
     def units(self, position: Position = START) -> Iterator[Unit]:
         done, count = position["bytes"], position["units"]
@@ -128,10 +118,7 @@ class Files:
             data = file.read(end - begin)
         if lines:
             return read_json_lines(data, piece.path, begin, self.field, self.errors)
-        try:
-            return [data.decode("utf-8", self.errors)] if data else []
-        except UnicodeDecodeError as error:
-            raise not_utf8(f"{piece.path}: byte {begin + error.start}", error) from None
+        return [data.decode("utf-8", self.errors)] if data else []
 
 
 def find_files(source: Path) -> list[Path]:
@@ -139,6 +126,31 @@ def find_files(source: Path) -> list[Path]:
     found = [source] if source.is_file() else sorted(source.rglob("*"))
     visible = (path for path in found if not any(part.startswith(".") for part in path.relative_to(source).parts))
     return [path for path in visible if path.is_file()]
+
+
+def fingerprint(source: Path, files: list[tuple[Path, int]], advance: Advance, errors: str | None = None) -> str:
+    """sha256 of the first bytes of some files, and of their names.
+
+    errors: "strict" looks on the way whether text files are text, rather than hours later. Raises SourceError.
+    """
+    sha256, done, total = hashlib.sha256(), 0, sum(size for _, size in files)
+    for path, size in files:
+        sha256.update(b"\0" + os.fsencode(path.relative_to(source)) + b"\0")
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        whole = size == path.stat().st_size
+        with open_file(path) as file:
+            for begin in range(0, size, BLOCK):
+                block = file.read(min(BLOCK, size - begin))
+                sha256.update(block)
+                if errors == "strict" and not is_json_lines(path):
+                    held = len(decoder.getstate()[0])
+                    try:
+                        decoder.decode(block, final=whole and begin + BLOCK >= size)
+                    except UnicodeDecodeError as error:
+                        raise not_utf8(f"{path}: byte {begin - held + error.start}", error) from None
+                done += len(block)
+                advance("reading", done, total)
+    return sha256.hexdigest()
 
 
 def split_ends(total: int, config: DataConfig) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -31,6 +31,7 @@ from moe.sources import (
     Unit,
     Unreachable,
     find_files,
+    fingerprint,
     text_of,
 )
 
@@ -76,7 +77,8 @@ def open_source(config: DataConfig, advance: Advance) -> Source:
     elif not path.exists():
         raise SourceError(f"{path}: no such file or folder; the data sets known by name are: {', '.join(DATA_SETS)}")
     if any(file.suffix == ".parquet" for file in find_files(path)):
-        return Stream(str(path), None, config, Files(path, replace(config, max_bytes=0), advance))
+        sizes = [(file, file.stat().st_size) for file in find_files(path)]
+        return Stream(str(path), None, config, sum(size for _, size in sizes), fingerprint(path, sizes, advance))
     return Files(path, config, advance)
 
 
@@ -118,10 +120,11 @@ class Stream:
     split: val_fraction of the text, but no more than HELD_OUT bytes.
     """
 
-    def __init__(self, home: str, name: str | None, config: DataConfig, local: Files | None = None) -> None:
-        self.home, self.name, self.config, self.local = home, name, config, local
+    def __init__(self, home: str, name: str | None, config: DataConfig, packed: int = 0, sha256: str = "") -> None:
+        """A name on the hub and that of a configuration there; or a local folder, its size and sha256."""
+        self.home, self.name, self.config, self.packed = home, name, config, packed
         self.total, self.train = config.max_bytes, 0
-        known = [local.identity if local else home, name, config.max_bytes]
+        known = [sha256 or home, name, config.max_bytes]
         self.identity = hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def units(self, position: Position = START) -> Iterator[Unit]:
@@ -133,7 +136,7 @@ class Stream:
             "pass": 0,
             "taken": 0,
             "state": None,
-            "revision": None if self.local else builder.hash,
+            "revision": None if self.packed else builder.hash,
         } | position
         passes = self._passes(list(streams))
         for number, (split, name, limit) in enumerate(passes):
@@ -161,7 +164,7 @@ class Stream:
         if "train" not in published:
             raise SourceError(f"{self.home}: has no split named train; its splits are {', '.join(published)}")
         most = self.config.max_bytes
-        size = most or (self.local.total if self.local else 0)  # packed files: fewer bytes than the text
+        size = most or self.packed  # which is less than the text
         shares = {"val": self.config.val_fraction, "test": self.config.test_fraction}
         before, after = [], []
         for split, share in shares.items():
@@ -193,7 +196,7 @@ class Stream:
             raise
         except Exception as error:
             what = f"{self.home}: cannot be read ({type(error).__name__}: {first_line(error)})"
-            if self.local:
+            if self.packed:
                 raise SourceError(what) from None
             raise Unreachable(
                 f"{what}: with a network, the same command goes on where it stopped; without one, give a local copy of "

@@ -73,6 +73,17 @@ class Tokenizer:
                 raise
             return np.concatenate([self.encode(text[start : start + PIECE]) for start in range(0, len(text), PIECE)])
 
+    def encode_documents(self, texts: list[str]) -> np.ndarray:
+        """The ids of several texts, an end-of-text token between them; many short ones at the speed of one long."""
+        if self.ranks != SINGLE_BYTES and not any(END_OF_TEXT in text for text in texts):
+            try:
+                return self.encoding.encode_to_numpy(END_OF_TEXT.join(texts), allowed_special={END_OF_TEXT})
+            except ValueError:
+                pass  # see encode
+        parts = [np.array([self.end_of_text], dtype=np.uint32)] * max(2 * len(texts) - 1, 0)
+        parts[::2] = [self.encode(text) for text in texts]
+        return np.concatenate([np.zeros(0, dtype=np.uint32), *parts])
+
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Any bytes to ids: what is UTF-8 as text, every other byte by itself."""
         text = data.decode("utf-8", errors="surrogateescape")

@@ -26,6 +26,14 @@ def test_a_million_spaces_come_back():
     assert BPE.decode(BPE.encode(text)) == text
 
 
+@pytest.mark.parametrize("tokenizer", [BPE, bytes_tokenizer()])
+@given(st.lists(st.sampled_from(["the cat", "", " \n", "\n", "日本", END_OF_TEXT, "x "])))
+def test_documents_are_each_encoded_by_itself_with_an_end_of_text_between_them(tokenizer, texts):
+    ids = tokenizer.encode_documents(texts).tolist()
+    expected = [i for text in texts for i in (tokenizer.end_of_text, *tokenizer.encode(text).tolist())]
+    assert ids == expected[1:]
+
+
 def test_text_that_spells_the_special_token_stays_text():
     assert BPE.end_of_text not in BPE.encode(END_OF_TEXT).tolist()
     assert BPE.decode(BPE.encode(END_OF_TEXT)) == END_OF_TEXT
