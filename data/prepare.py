@@ -36,8 +36,8 @@ class Arguments:
 
 
 def main() -> int:
-    names = "\n".join(f"{name:17}{known.size}; {known.licence}; {known.home}" for name, known in DATA_SETS.items())
-    args = tyro.cli(Arguments, description=f"{__doc__}\nData sets known by name:\n{names}")
+    names = [f"{name}: {known.size}; {known.licence}; {known.home}" for name, known in DATA_SETS.items()]
+    args = tyro.cli(Arguments, description="\n\n".join([__doc__ or "", "Data sets known by name:", *names]))
     display = Display()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

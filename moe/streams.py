@@ -78,7 +78,9 @@ def open_source(config: DataConfig, advance: Advance) -> Source:
         raise SourceError(f"{path}: no such file or folder; the data sets known by name are: {', '.join(DATA_SETS)}")
     if any(file.suffix == ".parquet" for file in find_files(path)):
         sizes = [(file, file.stat().st_size) for file in find_files(path)]
-        return Stream(str(path), None, config, sum(size for _, size in sizes), fingerprint(path, sizes, advance))
+        return Stream(
+            str(path.resolve()), None, config, sum(size for _, size in sizes), fingerprint(path, sizes, advance)
+        )
     return Files(path, config, advance)
 
 

@@ -146,6 +146,7 @@ def test_a_prepared_text_is_found_again_and_a_changed_one_is_not(tmp_path, monke
 
 def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "UNIT", 1 << 14)
+    monkeypatch.setattr(sources, "BLOCK", 1 << 14)
 
     def peak(copies: int) -> int:
         source = write(tmp_path / f"{copies}.txt", "some words that repeat again and again\n" * copies)
