@@ -2,7 +2,7 @@
 
 Notation: B sequences, S positions, D model width, E routed experts, V vocabulary, L MoE layers.
 
-Decoder-only and pre-norm, as DeepSeek-V3: embedding; per layer RMSNorm, latent attention, RMSNorm, feed-forward
+Decoder-only and pre-norm, as DeepSeek-V3: embedding; per layer RMSNorm, attention, RMSNorm, feed-forward
 (dense in the first `first_k_dense_replace` layers, a mixture of experts after); a final norm; a head of its own
 unless tied.
 """
@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.attention import LatentAttention, LatentCache, RMSNorm, rotary_table
+from moe.attention import Cache, RMSNorm, build_attention
 from moe.config import ConfigError, ModelConfig
 from moe.data import IGNORE
 from moe.experts import MLP, MoE
+from moe.rotary import Table, rotary_table
 from moe.router import RoutingStats
 
 OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight", "down_proj")
@@ -53,18 +54,14 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = LatentAttention(config)
+        self.self_attn = build_attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         dense = layer < config.first_k_dense_replace
         self.mlp: MLP | MoE = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        table: tuple[Tensor, Tensor],
-        cache: LatentCache | None = None,
-        global_load: Tensor | None = None,
+        self, x: Tensor, table: Table, cache: Cache | None = None, global_load: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), table, cache, self.layer))
         normed = self.post_attention_layernorm(x)
@@ -100,18 +97,21 @@ class Transformer(nn.Module):
             if weight.ndim > 1:
                 output = name.endswith(OUTPUT_PROJECTIONS)
                 nn.init.normal_(weight, std=std / math.sqrt(2 * self.config.num_hidden_layers) if output else std)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(weight)
 
-    def forward(self, tokens: Tensor, cache: LatentCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """With a cache, tokens are those that follow the cached ones, and are added to it."""
         return self.lm_head(self.hidden_states(tokens, cache)[0]).float()
 
     def hidden_states(
-        self, tokens: Tensor, cache: LatentCache | None = None, global_load: Tensor | None = None
+        self, tokens: Tensor, cache: Cache | None = None, global_load: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, S) -> the normalised last hidden states (B, S, D), and the routing of the MoE layers."""
         past = cache.length if cache is not None else 0
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
-        table = rotary_table(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
+        config = self.config
+        table = rotary_table(positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
         x = self.embed_tokens(tokens)
         stats: list[RoutingStats] = []
         for block in self.blocks():
@@ -168,5 +168,5 @@ def count(config: ModelConfig, sequence_length: int | None = None) -> Size:
     unused = sum(idle * (layer.gate_up_proj[0].numel() + layer.down_proj[0].numel()) for layer in model.moe_layers())
     embedding = 0 if config.tie_word_embeddings else model.embed_tokens.weight.numel()
     heads, window = config.num_attention_heads, sequence_length or config.max_position_embeddings
-    per_pair = 2 * heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    per_pair = 2 * heads * (config.query_head_dim + config.value_head_dim)
     return Size(total, total - unused - embedding, config.num_hidden_layers * per_pair * (window + 1) // 2)

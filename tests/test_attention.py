@@ -4,12 +4,13 @@ import pytest
 import torch
 from conftest import build
 
-from moe.attention import LatentCache, rotary_table, rotate
+from moe.attention import Cache
+from moe.rotary import rotary_table, rotate
 
 
 def cached_logits(model, tokens, pieces):
     """The logits of tokens fed piece by piece into a cache."""
-    cache = LatentCache(model.config, len(tokens), tokens.shape[1], tokens.device, torch.float32)
+    cache = Cache(model.config, len(tokens), tokens.shape[1], tokens.device, torch.float32)
     return torch.cat([model(piece, cache) for piece in tokens.split(pieces, dim=1)], dim=1)
 
 
@@ -27,7 +28,7 @@ def test_the_absorbed_form_on_the_cache_equals_the_expanded_form(q_lora_rank, v_
 
 
 def test_the_cache_holds_rank_plus_rotary_numbers_per_token_and_layer(small):
-    cache = LatentCache(small, 2, 10, torch.device("cpu"), torch.float32)
+    cache = Cache(small, 2, 10, torch.device("cpu"), torch.float32)
     assert cache.entries.shape == (small.num_hidden_layers, 2, 10, small.kv_lora_rank + small.qk_rope_head_dim)
 
 

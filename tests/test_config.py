@@ -23,9 +23,10 @@ def test_the_default_model_is_deepseek_v3_balanced_by_both_its_means():
 def test_fields_carry_the_names_of_transformers_deepseek_v3_config():
     from transformers import DeepseekV3Config
 
-    theirs = DeepseekV3Config().to_dict().keys() | {"rope_theta", "aux_loss_alpha", "scoring_func"}
+    theirs = DeepseekV3Config().to_dict().keys() | {"rope_theta", "rope_scaling", "aux_loss_alpha", "scoring_func"}
     ours = {item.name for item in fields(ModelConfig)}
     own = {"hidden_dropout", "bias_update_speed", "balance_loss", "router_z_loss", "expert_backend"}
+    own |= {"attention", "attention_output_bias", "qk_norm"}  # classes of their own in transformers, not fields
     assert ours - own <= theirs
 
 

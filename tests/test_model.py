@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, transformers_twin
 
 from moe.config import ConfigError, ModelConfig, presets
 from moe.device import Runtime
@@ -14,30 +14,6 @@ from moe.optim import Optimizers
 from train import accumulate
 
 CPU = Runtime("cpu", "float32", False, "auto", 1)
-
-
-def transformers_twin(model: Transformer):
-    """The same weights in transformers' DeepseekV3ForCausalLM."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    config, names = model.config, DeepseekV3Config().to_dict().keys()
-    shared = {name: value for name, value in vars(config).items() if name in names}
-    theirs = DeepseekV3Config(**shared, num_key_value_heads=config.num_attention_heads, attn_implementation="eager")
-    theirs.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
-    twin = DeepseekV3ForCausalLM(theirs).eval()
-    ours = {
-        (name if name.startswith("lm_head") else f"model.{name}")
-        .replace("router.weight", "gate.weight")
-        .replace("router.expert_bias", "gate.e_score_correction_bias"): tensor
-        for name, tensor in model.state_dict().items()
-    }
-    for name in [name for name in ours if name.endswith("gate_up_proj.weight")]:  # a dense layer's, there two matrices
-        for part, tensor in zip(("gate_proj", "up_proj"), ours.pop(name).chunk(2), strict=True):
-            ours[name.replace("gate_up_proj", part)] = tensor
-    for name in [name for name in ours if name.endswith("mlp.gate_up_proj") or name.endswith("mlp.down_proj")]:
-        ours[name.replace("mlp.", "mlp.experts.")] = ours.pop(name)
-    twin.load_state_dict(ours, strict=True)
-    return twin
 
 
 @pytest.mark.parametrize(
