@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import build, transformers_twin
 
-from moe.config import ConfigError, ModelConfig, presets
+from moe.config import ConfigError, ModelConfig, RopeScaling, presets
 from moe.device import Runtime
 from moe.experts import MLP
 from moe.model import IGNORE, Transformer, count
@@ -31,6 +31,46 @@ def test_logits_are_those_of_transformers_deepseek_v3(changes):
     tokens = torch.randint(64, (2, 20))
     wanted = transformers_twin(model)(tokens).logits
     assert (model(tokens) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+BIASES = {"attention_bias": True, "attention_output_bias": True}
+GROUPED = {"attention": "grouped", "num_attention_heads": 4, "num_key_value_heads": 2, "rope_interleave": False}
+DENSE = GROUPED | {"first_k_dense_replace": 3, "rms_norm_eps": 1e-3}  # a large eps tells whose it is
+SOFTMAX = {"scoring_func": "softmax", "bias_update_speed": 0.0, "n_shared_experts": 0, "first_k_dense_replace": 0}
+MIXED = GROUPED | SOFTMAX | {"rms_norm_eps": 1e-3}
+V2 = SOFTMAX | {"norm_topk_prob": False, "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": 10}
+YARN = RopeScaling("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0)
+DEEPSEEK_YARN = replace(YARN, mscale=0.7, mscale_all_dim=1.3)
+LLAMA3 = RopeScaling("llama3", factor=8.0, original_max_position_embeddings=16, high_freq_factor=2.0)
+# Our configuration, and what transformers' one has other names for
+FAMILIES = {
+    "DeepseekV3": (BIASES | {"rope_scaling": DEEPSEEK_YARN, "q_lora_rank": 10, "rms_norm_eps": 1e-3}, {}),
+    "DeepseekV3, no mscale": (BIASES | {"rope_scaling": YARN}, {}),
+    "DeepseekV3, half-split": ({"rope_interleave": False, "rope_scaling": replace(YARN, attention_factor=0.8)}, {}),
+    "DeepseekV2": (V2 | {"rope_scaling": DEEPSEEK_YARN}, {}),
+    "Llama": (DENSE | BIASES | {"rope_scaling": LLAMA3}, {}),
+    "Qwen2": (DENSE | {"attention_bias": True, "rope_theta": 1e6, "tie_word_embeddings": True}, {}),
+    "Qwen3": (DENSE | {"qk_norm": "head", "num_key_value_heads": 1, "rope_scaling": YARN}, {}),
+    "Qwen3Moe": (
+        MIXED | BIASES | {"qk_norm": "head", "head_dim": 12, "first_k_dense_replace": 1},
+        {"num_experts": 8, "mlp_only_layers": [0]},
+    ),
+    "Olmoe": (
+        MIXED | {"qk_norm": "projection", "norm_topk_prob": False},
+        {"num_experts": 8, "intermediate_size": 16, "eos_token_id": None},
+    ),
+    "Mixtral": (MIXED | {"rope_theta": 1e6}, {"num_local_experts": 8, "intermediate_size": 16}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_are_those_of_the_other_families_in_transformers(family):
+    changes, fields = FAMILIES[family]
+    model = build(**changes)
+    tokens = torch.randint(64, (2, 32))
+    wanted = transformers_twin(model, family.split(",")[0], **fields)(tokens).logits
+    assert (model(tokens) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_logits_are_float32_of_the_promised_shape():
