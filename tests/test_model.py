@@ -168,6 +168,22 @@ def test_parameter_counts_worked_by_hand(small):
     assert size.attention_flops == 3 * 2 * 2 * (12 + 8) * 16  # layers, 2 FLOP, heads, widths, mean window
 
 
+def test_grouped_attention_counted_by_hand(small):
+    config = replace(small, attention="grouped", num_attention_heads=4, num_key_value_heads=2, qk_norm="head")
+    biased = replace(config, attention_bias=True, attention_output_bias=True, head_dim=10)
+    for each, width, biases in ((config, 8, 0), (biased, 10, 10 * (4 + 2 + 2) + 32)):
+        attention = 32 * width * (4 + 2 + 2 + 4) + 2 * width + biases
+        size = count(each, sequence_length=31)
+        assert sum(weight.numel() for weight in Transformer(each).layers[0].self_attn.parameters()) == attention
+        assert size.total == sum(weight.numel() for weight in Transformer(each).parameters())
+        assert size.attention_flops == 3 * 2 * 4 * 2 * width * 16  # layers, 2 FLOP, heads, widths, mean window
+
+
+def test_biases_start_at_zero(small):
+    model = Transformer(replace(small, attention="grouped", **BIASES))
+    assert not any(weight.any() for name, weight in model.named_parameters() if name.endswith(".bias"))
+
+
 def test_the_dense_twin_has_the_same_active_parameters_but_for_the_router():
     tiny, dense = (replace(presets()[name].model, vocab_size=512) for name in ("tiny", "dense"))
     router = tiny.num_moe_layers * tiny.n_routed_experts * tiny.hidden_size
