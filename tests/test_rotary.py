@@ -23,6 +23,7 @@ SCALINGS = {
     "yarn, attention_factor": RopeScaling("yarn", 4.0, 64, mscale=0.7, mscale_all_dim=1.3, attention_factor=0.75),
     "yarn, no two limits": RopeScaling("yarn", 4.0, 64, beta_fast=1.0, beta_slow=1.0, truncate=False),
     "yarn, a context of 4": RopeScaling("yarn", 4.0, 4),
+    "yarn, more turns than pairs": RopeScaling("yarn", 2.0, 1_000_000, beta_fast=10_000.0),
     "deepseek-v3": DEEPSEEK,
     "llama 3.1": LLAMA,
     "llama 3.2, small": RopeScaling("llama3", 32.0, 128, low_freq_factor=2.0, high_freq_factor=16.0),
