@@ -1,5 +1,5 @@
 """moe: a compact mixture-of-experts language model, DeepSeek-V3 from scratch. Read the rooms in this order: config,
-tokenizer, corpus, data, router, experts, attention, model, optim, device, checkpoint, sampling, metrics."""
+tokenizer, corpus, data, router, experts, rotary, attention, model, optim, device, checkpoint, sampling, metrics."""
 
 from moe.checkpoint import Run, load
 from moe.config import ModelConfig, MoeError, RunConfig, SampleConfig, presets

@@ -197,13 +197,11 @@ def build_attention(config: ModelConfig) -> LatentAttention | GroupedQueryAttent
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention of S queries over S keys. (B, H, S, d), (B, H, S, d), (B, H, S, v) -> (B, H, S, v)."""
     length, width = query.shape[-2], value.shape[-1]
-    if (
-        query.device.type == "cpu" and query.dtype == torch.bfloat16 and length <= 512
-    ):  # half the time of the fused kernel's backward there
+    # There by hand: half the time of the fused kernel's backward
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and length <= 512:
         future = torch.full((length, length), -torch.inf, dtype=query.dtype).triu(1)
-        with torch.autocast(
-            "cpu", enabled=False
-        ):  # it would copy the scores to float32; softmax sums in float32 in any case
+        # Autocast would copy the scores to float32; softmax sums in float32 in any case
+        with torch.autocast("cpu", enabled=False):
             return ((query * scale) @ key.mT + future).softmax(-1) @ value
     if width < query.shape[-1]:  # the fused kernels want one width: zeros add nothing
         value = F.pad(value, (0, query.shape[-1] - width))
