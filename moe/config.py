@@ -1,4 +1,4 @@
-"""Everything that can be set, in frozen dataclasses: the model, the text, the optimizer, the training, the presets.
+"""Everything that can be set, in frozen dataclasses: the model, the text, the optimizer, the training.
 
 The model's fields carry the names of transformers' `DeepseekV3Config`, so a reader of either knows the other. Values
 are checked here and nowhere else; a message names the field, its value and the way out.
@@ -132,6 +132,8 @@ class ModelConfig:
     n_group: int = 1
     topk_group: int = 1
 
+    num_nextn_predict_layers: int = 0  # modules for multi-token prediction (section 2.2), behind the last layer
+
     # Load balancing: 0 turns a means off
     bias_update_speed: float = 1e-3  # added to the bias of an expert with too little load after each optimizer step
     balance_loss: Literal["sequence", "switch", "none"] = "sequence"
@@ -147,6 +149,7 @@ class ModelConfig:
         require_above(0, self, "routed_scaling_factor")
         require_not_negative(self, "vocab_size first_k_dense_replace n_shared_experts initializer_range")
         require_not_negative(self, "hidden_dropout bias_update_speed aux_loss_alpha router_z_loss")
+        require_not_negative(self, "num_nextn_predict_layers")
         require(self.hidden_dropout < 1, f"hidden_dropout = {self.hidden_dropout} must be below 1")
         require(
             self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank = {self.q_lora_rank}: give None for none"
@@ -218,6 +221,10 @@ class ModelConfig:
     def num_moe_layers(self) -> int:
         return max(self.num_hidden_layers - self.first_k_dense_replace, 0)
 
+    def is_dense(self, layer: int) -> bool:
+        """Whether this layer has no experts. Those of multi-token prediction, which come after, are like the last."""
+        return min(layer, self.num_hidden_layers - 1) < self.first_k_dense_replace
+
     @property
     def router_learns_nothing(self) -> bool:
         """With one expert per token and normalised gates every gate is 1, and the language-model loss says nothing to
@@ -267,11 +274,18 @@ class OptimConfig:
     decay: float = 0.7
     final_lr: float = 0.05  # of the peak
     grad_clip: float = 1.0  # 0: none
+    mtp_weight: float = (
+        0.3  # of the mean loss of multi-token prediction in what is minimised (DeepSeek-V3, section 4.2)
+    )
+    mtp_final_weight: float = 0.1
+    mtp_final_from: float = 0.67  # the part of the training after which the final weight holds
+    ema_decay: float = 0.0  # of the running average of the weights that is evaluated and saved; 0: no average
 
     def __post_init__(self) -> None:
         require_above(0, self, "muon_lr adam_lr router_lr")
         require_not_negative(self, "muon_weight_decay adam_weight_decay warmup decay final_lr grad_clip")
-        for name in ("muon_momentum", "adam_beta1", "adam_beta2"):
+        require_not_negative(self, "mtp_weight mtp_final_weight mtp_final_from")
+        for name in ("muon_momentum", "adam_beta1", "adam_beta2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, f"optim.{name} = {getattr(self, name)} must lie in [0, 1)")
         require(
             self.warmup + self.decay <= 1,
@@ -283,21 +297,38 @@ class OptimConfig:
 class TrainConfig:
     """How a step is made and how often a run looks at itself."""
 
-    batch_size: int = 8  # sequences a micro-batch
+    tokens_per_step: Annotated[int, tyro.conf.arg(aliases=("--tokens-per-step",))] = 2048  # of one optimizer step
     sequence_length: int = 256
-    gradient_accumulation_steps: int = 1
+    micro_batch_size: int | Literal["auto"] = "auto"  # sequences at a time; the gradients of a step are accumulated
+    activation_checkpointing: bool = False  # less memory, a third more work: layers are computed again for gradients
     eval_interval: int = 250  # steps; 0: only at the end
+    eval_tokens: int = 0  # of the validation split that evaluations before the last one read; 0: all
     save_interval: int = 500  # steps; 0: only at the end
     log_interval: int = 50  # steps between lines where there is no terminal
     keep_last: int = 2  # checkpoints
 
     def __post_init__(self) -> None:
-        require_above(0, self, "batch_size sequence_length gradient_accumulation_steps log_interval keep_last")
-        require_not_negative(self, "eval_interval save_interval")
+        require_above(0, self, "tokens_per_step sequence_length log_interval keep_last")
+        require_not_negative(self, "eval_interval eval_tokens save_interval")
+        tokens, length, micro = self.tokens_per_step, self.sequence_length, self.micro_batch_size
+        nearest = max(round(tokens / length), 1) * length
+        require(
+            tokens % length == 0,
+            f"train.tokens_per_step = {tokens} must be a multiple of train.sequence_length = {length}: {nearest} is",
+        )
+        require(
+            micro == "auto" or (micro > 0 and self.sequences_per_step % micro == 0),
+            f"train.micro_batch_size = {micro} must divide the {self.sequences_per_step} sequences of a step: "
+            f"{', '.join(map(str, self.micro_batch_sizes()))} do, and auto chooses one",
+        )
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.sequence_length * self.gradient_accumulation_steps
+    def sequences_per_step(self) -> int:
+        return self.tokens_per_step // self.sequence_length
+
+    def micro_batch_sizes(self) -> list[int]:
+        """What may be chosen, the largest first: micro-batches are equal, so that their mean is the large batch's."""
+        return [size for size in range(self.sequences_per_step, 0, -1) if self.sequences_per_step % size == 0]
 
 
 @dataclass(frozen=True)
@@ -343,34 +374,11 @@ class RunConfig:
         name = "model.max_position_embeddings"
         require(window <= context, f"train.sequence_length = {window} is more than the context, {name} = {context}")
 
-
-def presets() -> dict[str, RunConfig]:
-    """Complete runs by name."""
-    tiny = RunConfig()
-    all_dense = replace(tiny.model, first_k_dense_replace=tiny.model.num_hidden_layers)
-    dense = replace(tiny, preset="dense", model=all_dense)
-    debug = RunConfig(
-        preset="debug",
-        steps=30,
-        model=ModelConfig(
-            vocab_size=0,
-            hidden_size=32,
-            num_hidden_layers=2,
-            max_position_embeddings=64,
-            num_attention_heads=2,
-            kv_lora_rank=16,
-            qk_nope_head_dim=8,
-            qk_rope_head_dim=8,
-            v_head_dim=16,
-            intermediate_size=64,
-            n_routed_experts=4,
-            moe_intermediate_size=32,
-            bias_update_speed=0.02,  # 30 steps of 1e-3 would not move a choice
-        ),
-        data=DataConfig(vocab_size=320),
-        train=TrainConfig(batch_size=8, sequence_length=64, eval_interval=15, save_interval=15, log_interval=10),
-    )
-    return {run.preset: run for run in (tiny, dense, debug)}
+    @property
+    def sized_model(self) -> ModelConfig:
+        """The model, with the vocabulary to expect where that is left to the tokenizer."""
+        expected = {"bpe": self.data.vocab_size, "bytes": 264, "gpt2": 50_304}[self.data.tokenizer]
+        return replace(self.model, vocab_size=self.model.vocab_size or expected)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -389,13 +397,17 @@ def from_dict(kind: type[C], values: Any, where: str = "config") -> C:
 def _typed(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where)
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        require(value in options, f"{where} = {value!r} must be one of {', '.join(map(str, options))}")
-        return value
-    allowed = options if origin in (typing.Union, types.UnionType) else (hint,)
-    if float in allowed and type(value) is int:
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    choices: list[Any] = []  # values as they stand
+    kinds: list[type] = []
+    for option in typing.get_args(hint) if union else (hint,):
+        literal = typing.get_origin(option) is Literal
+        (choices if literal else kinds).extend(typing.get_args(option) if literal else [option])
+    if float in kinds and type(value) is int:
         value = float(value)
-    names = " or ".join(getattr(option, "__name__", str(option)) for option in allowed)
-    require(type(value) in allowed, f"{where} = {value!r} must be of type {names}")
+    among = [f"one of {', '.join(map(str, choices))}"] if choices else []
+    allowed = " or ".join([*among, *(f"of type {kind.__name__}" for kind in kinds)])
+    require(type(value) in kinds or value in choices, f"{where} = {value!r} must be {allowed}")
     return value

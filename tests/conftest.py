@@ -7,9 +7,11 @@ from torch import nn
 
 import train
 from moe.config import ModelConfig
+from moe.device import Runtime
 from moe.model import Transformer
 
 TEXT = Path(__file__).parent.parent / "data" / "tinyshakespeare" / "input.txt"
+CPU = Runtime("cpu", "float32", False, "auto", 8, 1)
 SMALL = ModelConfig(
     vocab_size=64,
     hidden_size=32,

@@ -21,8 +21,17 @@ from moe.metrics import MetricsLog, read_metrics
 ROOT = Path(__file__).parent.parent
 # Accumulation, dropout, both balance losses' terms, an epoch's end: 20 steps of 4 x 2 windows of 16 from about 60.
 FEATURES = (
-    *("--train.gradient-accumulation-steps", "2", "--model.hidden-dropout", "0.2", "--model.router-z-loss", "0.01"),
-    *("--train.batch-size", "4", "--train.sequence-length", "16", "--data.tokenizer", "bytes", "--steps", "20"),
+    *(
+        "--tokens-per-step",
+        "128",
+        "--train.micro-batch-size",
+        "4",
+        "--model.hidden-dropout",
+        "0.2",
+        "--model.router-z-loss",
+        "0.01",
+    ),
+    *("--train.sequence-length", "16", "--data.tokenizer", "bytes", "--steps", "20"),
 )
 
 

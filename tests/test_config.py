@@ -8,18 +8,9 @@ from dataclasses import fields, replace
 import pytest
 from conftest import run_training
 
-from moe.config import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RopeScaling,
-    RunConfig,
-    from_dict,
-    presets,
-    to_dict,
-)
+from moe.config import ConfigError, DataConfig, ModelConfig, OptimConfig, RopeScaling, RunConfig, from_dict, to_dict
 from moe.device import resolve, resolve_device
+from moe.presets import presets
 
 GROUPED = {"attention": "grouped"}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -85,7 +76,7 @@ def test_what_cannot_work_is_refused_by_name(kind, change, says):
 
 
 def test_a_window_longer_than_the_context_is_refused(capsys):
-    assert run_training("--train.sequence-length", "65") == 2
+    assert run_training("--train.sequence-length", "128") == 2
     assert "max_position_embeddings = 64" in capsys.readouterr().err
 
 
@@ -124,7 +115,7 @@ def test_stored_values_of_the_wrong_name_or_type_are_refused(change, says):
 def test_every_decision_about_the_machine_comes_with_a_reason():
     runtime, reasons = resolve(presets()["debug"])
     assert runtime.device == resolve_device("auto")[0]
-    assert {"device", "dtype", "compile", "experts", "threads"} == reasons.keys()
+    assert {"device", "dtype", "compile", "experts", "batch", "threads"} == reasons.keys()
     assert all(": " in reason for reason in reasons.values())
 
 

@@ -4,16 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build, transformers_twin
+from conftest import CPU, build, transformers_twin
 
-from moe.config import ConfigError, ModelConfig, RopeScaling, presets
-from moe.device import Runtime
+from moe.config import ConfigError, ModelConfig, RopeScaling
+from moe.cost import count
 from moe.experts import MLP
-from moe.model import IGNORE, Transformer, count
+from moe.model import IGNORE, Transformer
 from moe.optim import Optimizers
+from moe.presets import presets
 from train import accumulate
-
-CPU = Runtime("cpu", "float32", False, "auto", 1)
 
 
 @pytest.mark.parametrize(
