@@ -40,6 +40,52 @@ def require_not_negative(config: Any, names: str) -> None:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary embedding reaches beyond the context a model was trained on (see rotary.py), by the names of
+    transformers' `rope_parameters`."""
+
+    rope_type: Literal["default", "yarn", "llama3"] = "default"  # default: no scaling
+    factor: float = 1.0  # how many times longer the context becomes
+    original_max_position_embeddings: int = 0  # the context before; has to be given with a scaling
+
+    # YaRN
+    beta_fast: float = 32.0  # pairs that turn more often than this in the original context stay as they are
+    beta_slow: float = 1.0  # pairs that turn less often than this are slowed down by the whole factor
+    truncate: bool = True  # both limits rounded to whole pairs, outwards
+    # YaRN's sharper attention: the rotated part by the ratio of both mscale, or where one is 0 by a rule that knows
+    # `factor` alone; latent attention's scores by mscale_all_dim. 0: not given
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float | None = None  # for the rotated part, instead of ratio and rule
+
+    # Llama 3.1: the same two limits
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        name, factor = "rope_scaling.", self.factor
+        if self.rope_type == "default":
+            require(factor == 1, f"{name}factor = {factor} does nothing without a {name}rope_type: yarn or llama3")
+            return
+        require(factor >= 1, f"{name}factor = {factor} must be at least 1: it stretches the context")
+        original = self.original_max_position_embeddings
+        require(
+            original > 0,
+            f"{name}original_max_position_embeddings = {original}: {self.rope_type} needs the context before scaling",
+        )
+        low, high = self.low_freq_factor, self.high_freq_factor
+        require(0 < low < high, f"{name}low_freq_factor = {low} must lie between 0 and {name}high_freq_factor = {high}")
+        slow, fast = self.beta_slow, self.beta_fast
+        require(0 < slow <= fast, f"{name}beta_slow = {slow} must lie between 0 and {name}beta_fast = {fast}")
+        require(self.mscale >= 0, f"{name}mscale = {self.mscale} must not be negative")
+        require(self.mscale_all_dim >= 0, f"{name}mscale_all_dim = {self.mscale_all_dim} must not be negative")
+        attention = self.attention_factor
+        require(
+            attention is None or attention > 0, f"{name}attention_factor = {attention}: give None to have it computed"
+        )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The architecture: DeepSeek-V3 (arXiv 2412.19437), its defaults the size of preset `tiny`."""
 
@@ -52,14 +98,26 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     hidden_dropout: float = 0.0  # on what attention and feed-forward add to the residual stream
 
-    # Multi-head latent attention (section 2.1.1)
+    # Attention: DeepSeek's latent one, or grouped queries as Llama, Qwen, OLMoE and Mixtral have them
+    attention: Literal["latent", "grouped"] = "latent"
     num_attention_heads: int = 4
+    attention_bias: bool = False  # of what makes queries, keys and values; latent: of q_a_proj and kv_a_proj_with_mqa
+    attention_output_bias: bool = False  # of o_proj; where transformers has an attention_bias, it means both
+    rope_theta: float = 10_000.0
+    rope_interleave: bool = True  # rotated pairs are neighbours, as in DeepSeek; False: half a head apart
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+
+    # Latent attention (section 2.1.1)
     q_lora_rank: int | None = None  # None: queries are not compressed
     kv_lora_rank: int = 64
     qk_nope_head_dim: int = 16
     qk_rope_head_dim: int = 16
     v_head_dim: int = 32
-    rope_theta: float = 10_000.0
+
+    # Grouped-query attention
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    qk_norm: Literal["none", "head", "projection"] = "none"  # of each head's query and key (Qwen3), or of all (OLMoE)
 
     # Feed-forward: the first layers dense, the others a mixture of experts (section 2.1.2)
     intermediate_size: int = 384
@@ -96,9 +154,30 @@ class ModelConfig:
         require(
             self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank = {self.q_lora_rank}: give None for none"
         )
-        rotary = self.qk_rope_head_dim
-        require(rotary % 2 == 0, f"qk_rope_head_dim = {rotary} must be even: rotation acts on pairs")
+        self._check_attention()
         self._check_routing()
+
+    def _check_attention(self) -> None:
+        theta = self.rope_theta
+        require(self.rope_scaling.rope_type != "yarn" or theta > 1, f"rope_theta = {theta} must be above 1 for YaRN")
+        if self.attention == "latent":
+            for name, unset in (("num_key_value_heads", None), ("head_dim", None), ("qk_norm", "none")):
+                value = getattr(self, name)
+                why = "latent attention makes every head's keys from one normalised vector: leave it out, or choose"
+                require(value == unset, f'{name} = {value}: {why} attention = "grouped"')
+            rotary, name = self.qk_rope_head_dim, "qk_rope_head_dim"
+        else:
+            width, heads, groups = self.hidden_size, self.num_attention_heads, self.key_value_heads
+            require(
+                groups > 0 and heads % groups == 0,
+                f"num_key_value_heads = {groups} must divide num_attention_heads = {heads}",
+            )
+            require(
+                self.head_dim is not None or width % heads == 0,
+                f"num_attention_heads = {heads} must divide hidden_size = {width}, or give a head_dim",
+            )
+            rotary, name = self.query_head_dim, "head_dim"
+        require(rotary > 0 and rotary % 2 == 0, f"{name} = {rotary} must be even, and above 0: rotation acts on pairs")
 
     def _check_routing(self) -> None:
         experts, chosen, groups, kept = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
@@ -110,6 +189,33 @@ class ModelConfig:
         require(kept <= groups, f"topk_group = {kept} is more than n_group = {groups}: {advice}")
         room = kept * (experts // groups)
         require(chosen <= room, f"num_experts_per_tok = {chosen} is more than topk_group = {kept} groups hold: {room}")
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def query_head_dim(self) -> int:
+        """Numbers in each head's query, and in its key."""
+        if self.attention == "latent":
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        return self.v_head_dim if self.attention == "latent" else self.query_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of the query's numbers are rotated."""
+        return self.qk_rope_head_dim if self.attention == "latent" else self.query_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers that a token leaves behind in each layer for those after it."""
+        if self.attention == "latent":
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return 2 * self.key_value_heads * self.query_head_dim
 
     @property
     def num_moe_layers(self) -> int:

@@ -53,7 +53,7 @@ def count(config: ModelConfig, sequence_length: int | None = None) -> Size:
     embedding = 0 if config.tie_word_embeddings else model.embed_tokens.weight.numel()
     mtp_active = mtp - unused(model.mtp) + len(model.mtp) * model.lm_head.weight.numel()
     heads, window = config.num_attention_heads, sequence_length or config.max_position_embeddings
-    per_pair = 2 * heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    per_pair = 2 * heads * (config.query_head_dim + config.value_head_dim)
     attention = len(model.blocks()) * per_pair * (window + 1) // 2
     return Size(total, total - unused(model.layers) - embedding, mtp, mtp_active, attention)
 
@@ -63,7 +63,7 @@ def activation_bytes(config: ModelConfig, tokens: int, recomputed: bool = False)
     autograd keeps in bfloat16 training; float32 takes a third more. recomputed: with activation checkpointing."""
     width, layers = config.hidden_size, config.num_hidden_layers + config.num_nextn_predict_layers
     heads, experts = config.num_attention_heads, config.num_experts_per_tok if config.num_moe_layers else 0
-    attention = heads * 2 * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    attention = heads * 2 * (config.query_head_dim + config.value_head_dim)
     ffn = max(config.intermediate_size, (experts + config.n_shared_experts) * config.moe_intermediate_size)
     layer = 26 * width + 5 * attention + 8 * ffn + 4 * experts * width
     kept = layer + 4 * layers * width if recomputed else layer * layers

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from moe.attention import LatentAttention, LatentCache, RMSNorm, rotary_table
+from moe.attention import Cache, RMSNorm, build_attention
 from moe.config import ConfigError, ModelConfig
 from moe.data import IGNORE
 from moe.experts import MLP, MoE
+from moe.rotary import Table, rotary_table
 from moe.router import RoutingStats
 
 OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight", "down_proj")
@@ -59,18 +60,14 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = LatentAttention(config)
+        self.self_attn = build_attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         dense = config.is_dense(layer)
         self.mlp: MLP | MoE = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        table: tuple[Tensor, Tensor],
-        cache: LatentCache | None = None,
-        global_load: Tensor | None = None,
+        self, x: Tensor, table: Table, cache: Cache | None = None, global_load: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), table, cache, self.layer))
         normed = self.post_attention_layernorm(x)
@@ -125,12 +122,14 @@ class Transformer(nn.Module):
             if weight.ndim > 1:
                 output = name.endswith(OUTPUT_PROJECTIONS)
                 nn.init.normal_(weight, std=std / math.sqrt(2 * self.config.num_hidden_layers) if output else std)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(weight)
 
-    def forward(self, tokens: Tensor, cache: LatentCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """With a cache, tokens are those that follow the cached ones, and are added to it."""
         return self.lm_head(self.hidden_states(tokens, cache)[0]).float()
 
-    def hidden_states(self, tokens: Tensor, cache: LatentCache | None = None) -> tuple[Tensor, RoutingStats | None]:
+    def hidden_states(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, RoutingStats | None]:
         """(B, S) -> the normalised last hidden states (B, S, D), and the routing of the MoE layers."""
         hidden, stats = self._run(tokens, self.rotary_table(tokens, cache), cache)
         return hidden, stack(stats)
@@ -176,17 +175,14 @@ class Transformer(nn.Module):
     def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.lm_head(hidden).float(), targets, ignore_index=IGNORE, reduction="sum")
 
-    def rotary_table(self, tokens: Tensor, cache: LatentCache | None = None) -> tuple[Tensor, Tensor]:
+    def rotary_table(self, tokens: Tensor, cache: Cache | None = None) -> Table:
         past = cache.length if cache is not None else 0
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
-        return rotary_table(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
+        config = self.config
+        return rotary_table(positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
 
     def _run(
-        self,
-        tokens: Tensor,
-        table: tuple[Tensor, Tensor],
-        cache: LatentCache | None = None,
-        global_load: Tensor | None = None,
+        self, tokens: Tensor, table: Table, cache: Cache | None = None, global_load: Tensor | None = None
     ) -> tuple[Tensor, list[RoutingStats]]:
         x, stats = self.embed_tokens(tokens), []  # type: Tensor, list[RoutingStats]
         for block in self.layers:
@@ -202,7 +198,7 @@ class Transformer(nn.Module):
         table: tuple[Tensor, ...],
         stats: list[RoutingStats],
         global_load: Tensor | None = None,
-        cache: LatentCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """x behind a block, whose routing joins `stats`."""
         load = global_load[len(stats)] if global_load is not None and len(stats) < len(global_load) else None
