@@ -188,7 +188,10 @@ class ModelConfig:
         require(experts % groups == 0, f"n_group = {groups} must divide n_routed_experts = {experts}")
         require(kept <= groups, f"topk_group = {kept} is more than n_group = {groups}: {advice}")
         room = kept * (experts // groups)
-        require(chosen <= room, f"num_experts_per_tok = {chosen} is more than topk_group = {kept} groups hold: {room}")
+        require(
+            chosen <= room,
+            f"num_experts_per_tok = {chosen} is more than topk_group = {kept} groups hold: {room}; {advice}",
+        )
 
     @property
     def key_value_heads(self) -> int:
@@ -373,6 +376,12 @@ class RunConfig:
         window, context = self.train.sequence_length, self.model.max_position_embeddings
         name = "model.max_position_embeddings"
         require(window <= context, f"train.sequence_length = {window} is more than the context, {name} = {context}")
+        ahead = self.model.num_nextn_predict_layers
+        require(
+            ahead < window,
+            f"model.num_nextn_predict_layers = {ahead} looks past the end of every window: it must be less than "
+            f"train.sequence_length = {window}",
+        )
 
     @property
     def sized_model(self) -> ModelConfig:
