@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,18 +33,23 @@ from moe.checkpoint import (
     read_state,
     set_random_state,
 )
-from moe.config import ConfigError, MoeError, RunConfig, presets
+from moe.config import ConfigError, MoeError, RunConfig
 from moe.corpus import Corpus, prepare
+from moe.cost import activation_bytes, count
 from moe.data import Batches, TokenStream
 from moe.device import LossFunction, Runtime, resolve, resolve_device, reuse_memory, working_losses
 from moe.lab.pictures import draw_run
 from moe.lab.score import check_length, evaluate
 from moe.metrics import CollapseAlarm, Display, Eta, MetricsLog, Wandb, clock, load_record, routing_record
-from moe.model import Losses, Transformer, count
-from moe.optim import Optimizers
+from moe.model import Losses, Transformer
+from moe.optim import Average, Optimizers, mtp_weight
+from moe.presets import NOTES, presets
 from moe.tokenizer import Tokenizer
 
-MAY_CHANGE = ("steps", "minutes", "train.eval_interval", "train.save_interval", "train.log_interval", "train.keep_last")
+MAY_CHANGE = (
+    *("steps", "minutes", "train.eval_interval", "train.eval_tokens"),
+    *("train.save_interval", "train.log_interval", "train.keep_last"),
+)
 
 
 class TrainingError(MoeError):
@@ -121,9 +127,14 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 def list_presets() -> None:
     for name, config in presets().items():
-        size = count(replace(config.model, vocab_size=config.data.vocab_size), config.train.sequence_length)
-        plan = f"{config.steps:,} steps of {config.train.tokens_per_step:,} tokens"
-        print(f"{name:8} {millions(size.total):>8} parameters, {millions(size.active)} active; {plan}")
+        model, train, note = config.sized_model, config.train, NOTES[name]
+        size = count(model, train.sequence_length)
+        memory = size.training_bytes + activation_bytes(model, train.sequence_length, train.activation_checkpointing)
+        length = f"{config.minutes:g} minutes" if config.minutes else f"{config.steps:,} steps"
+        print(f"{name:8} {readable(size.total)} parameters, {readable(size.active)} active for a token")
+        print(f"{'':8} {length} of {train.tokens_per_step:,} tokens on {config.data.source}")
+        print(f"{'':8} at least {memory / 1e9:,.1f} GB of memory: {note.machine}")
+        print(f"{'':8} reached: {note.reached}")
 
 
 def fit_vocabulary(config: RunConfig, needed: int) -> RunConfig:
@@ -142,8 +153,8 @@ def describe(config: RunConfig, corpus: Corpus, reasons: dict[str, str], display
     facts = {
         "run": str(folder),
         "text": f"{config.data.source}: {corpus.tokens('train'):,} tokens, vocabulary {corpus.tokenizer.vocab_size:,}",
-        "model": f"{millions(size.total)} parameters, {millions(size.active)} active for a token; "
-        f"{millions(size.training_flops)} FLOP to train on one",
+        "model": f"{readable(size.total)} parameters, {readable(size.active)} active for a token; "
+        f"{readable(size.training_flops)} FLOP to train on one",
         "plan": f"{length} of {config.train.tokens_per_step:,} tokens",
         **reasons,
     }
@@ -158,8 +169,12 @@ def describe(config: RunConfig, corpus: Corpus, reasons: dict[str, str], display
         display.warn("warning: load balancing is off, neither bias nor balance loss: expect experts to starve")
 
 
-def millions(number: float) -> str:
-    return f"{number / 1e6:,.2f}M"
+def readable(number: float) -> str:
+    """3 digits and a unit: 3.01M, 671B."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.{max(0, 3 - len(str(int(number / unit))))}f}{letter}"
+    return f"{number:.0f}"
 
 
 class Interruption:
@@ -182,7 +197,11 @@ class Interruption:
 
 
 def accumulate(
-    losses_of: LossFunction, batches: list[tuple[Tensor, Tensor]], runtime: Runtime, model: Transformer
+    losses_of: LossFunction,
+    batches: list[tuple[Tensor, Tensor]],
+    runtime: Runtime,
+    model: Transformer,
+    mtp_weight: float = 0.0,
 ) -> Losses:
     """Gradients of the mean over the micro-batches; the means of their losses, and the load of all of them together."""
     global_load = None
@@ -192,10 +211,10 @@ def accumulate(
             runtime.autocast(),
         ):  # this loss weighs by the whole batch's load: route all of it once before
             global_load = torch.stack([model.losses(*batch).routing.load for batch in batches]).sum(0)  # type: ignore[union-attr]
-    parts = []
+    parts, weight = [], torch.tensor(mtp_weight, device=batches[0][0].device)
     for tokens, targets in batches:
         with runtime.autocast():
-            losses = losses_of(tokens, targets, global_load)
+            losses = losses_of(tokens, targets, global_load, weight)
         (losses.objective / len(batches)).backward()
         parts.append(losses)
     return Losses.mean(parts)
@@ -248,10 +267,11 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         load_model(model, start.checkpoint / "model.safetensors")
     model.to(runtime.device)
     optimizers = Optimizers(model, config.optim, runtime.torch_dtype)
+    average = Average(model, config.optim.ema_decay)
     losses_of, runtime = working_losses(model, config, runtime, display.warn)
-    state = folder.restore(model, optimizers) if resuming else State()
-    batch_size, window = config.train.batch_size, config.train.sequence_length
-    batches = Batches(training, batch_size, window, config.seed, state.cursor)
+    state = folder.restore(model, optimizers, average) if resuming else State()
+    window, micro_batches = config.train.sequence_length, config.train.sequences_per_step // runtime.micro_batch_size
+    batches = Batches(training, runtime.micro_batch_size, window, config.seed, state.cursor)
     describe(config, corpus, reasons, display, folder.path)
     if not resuming or config != stored:
         folder.write_setup(config, runtime, corpus.tokenizer, identity)
@@ -268,8 +288,9 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     # -- the loop ------------------------------------------------------------------------------------------------------
     while True:
         began = time.perf_counter()
-        micro_batches = [batches.next(runtime.device) for _ in range(config.train.gradient_accumulation_steps)]
-        losses = accumulate(losses_of, micro_batches, runtime, model)
+        step_batches = [batches.next(runtime.device) for _ in range(micro_batches)]
+        weight = mtp_weight(state.progress(config), config.optim)
+        losses = accumulate(losses_of, step_batches, runtime, model, weight)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf).item()
         loss = losses.loss.item()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -283,6 +304,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         if losses.routing is not None:
             model.update_expert_bias(losses.routing.load)
             load = losses.routing.load.cpu()
+        average.update(state.step)
         took = time.perf_counter() - began
         state = replace(
             state, step=state.step + 1, tokens=state.tokens + config.train.tokens_per_step, seconds=state.seconds + took
@@ -294,13 +316,16 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
             "tokens": state.tokens,
             "seconds": state.seconds,
             "loss": loss,
+            **{f"mtp_{depth}_loss": term for depth, term in enumerate(losses.mtp.tolist(), 1)},
             "nats_per_character": loss / characters_per_token,
             "grad_norm": grad_norm,
             "lr_share": lr_share,
             **routing_record(losses.routing, detailed=done or state.step % config.train.log_interval == 0),
         }
         if done or every(config.train.eval_interval, state.step):
-            score, val_load = evaluate(model, validation, window, runtime.autocast)
+            with average.applied():
+                limit = 0 if done else config.train.eval_tokens
+                score, val_load = evaluate(model, validation, window, runtime.autocast, limit)
             record |= score.record() | {f"val_{name}": value for name, value in load_record(val_load).items()}
         log.write(record)
         wandb.log(record)
@@ -317,7 +342,9 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
                 )
             epoch, place = batches.cursor.epoch, batches.cursor.window
             state = replace(state, epoch=epoch, window=place, rng=random_state(), balance=alarm.streaks)
-            checkpoint = folder.save(model, optimizers.state(), state, config.train.keep_last)
+            with average.applied():
+                tensors = chain(optimizers.state(), average.state())
+                checkpoint = folder.save(model, tensors, state, config.train.keep_last)
         if ending:
             break
     wandb.close()
@@ -366,7 +393,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        advice = "lower --train.batch-size and raise --train.gradient-accumulation-steps by as much"
+        advice = "lower --train.micro-batch-size, or pass --train.activation-checkpointing"
         print(f"error: out of GPU memory: {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,8 +1,9 @@
 """moe: a compact mixture-of-experts language model, DeepSeek-V3 from scratch. Read the rooms in this order: config,
-tokenizer, corpus, data, router, experts, attention, model, optim, device, checkpoint, sampling, metrics."""
+tokenizer, corpus, data, router, experts, rotary, attention, model, optim, checkpoint, sampling, metrics; and, where you
+need them, presets, cost, device."""
 
 from moe.checkpoint import Run, load
-from moe.config import ModelConfig, MoeError, RunConfig, SampleConfig, presets
+from moe.config import ModelConfig, MoeError, RunConfig, SampleConfig
 from moe.experts import MLP, MoE
 from moe.model import Transformer
 from moe.sampling import generate, generate_text
@@ -19,5 +20,4 @@ __all__ = [
     "generate",
     "generate_text",
     "load",
-    "presets",
 ]

@@ -1,16 +1,22 @@
-"""Multi-head latent attention (DeepSeek-V2, section 2.1; DeepSeek-V3, eq. 1-11) with its rotary embedding and its
-cache.
+"""Who looks at whom: multi-head latent attention, grouped-query attention beside it, and the cache of either.
 
-Notation: B sequences, S new positions, L all positions so far, H heads, r = kv_lora_rank, and per head n =
-qk_nope_head_dim, p = qk_rope_head_dim, v = v_head_dim.
+Notation: B sequences, S new positions, L all positions so far, H heads. Latent: r = kv_lora_rank, and per head n =
+qk_nope_head_dim, p = qk_rope_head_dim, v = v_head_dim. Grouped: G groups of H/G query heads, d = head_dim.
 
-Keys and values of all heads are made from one small latent vector per token (r numbers), plus one rotated key (p
-numbers) that the heads share. Only these r + p numbers are cached. Two forms compute the same attention:
+Both answer the same question, what a token must leave behind for those after it, and a cache holds just that.
+
+**Latent attention** (DeepSeek-V2, section 2.1; DeepSeek-V3, eq. 1-11). Keys and values of all heads are made from one
+small latent vector per token (r numbers), plus one rotated key (p numbers) that the heads share. Only these r + p
+numbers are cached. Two forms compute the same attention:
 
 * **expanded**: make every head's keys and values from the latents, then attend as usual. Fewest operations for many
   queries: training, prefill.
 * **absorbed**: multiply the query by the key matrix instead (q^T W c = (W^T q)^T c), attend over the latents
   themselves, and apply the value matrix to the attended latent. Nothing of size L*H is ever made: decoding.
+
+**Grouped-query attention** (GQA, arXiv 2305.13245; Llama, Qwen, OLMoE, Mixtral). The H query heads form G groups, and
+each group shares one key and one value head: 2*G*d numbers are cached. G = H is the attention of the first
+Transformer, G = 1 multi-query attention.
 """
 
 import torch
@@ -19,21 +25,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
-
-
-def rotary_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE (arXiv 2104.09864), float32, for integer positions (S,): two tensors (S, dim/2)."""
-    frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
-    angles = positions.float()[:, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of neighbours (x_0, x_1), (x_2, x_3), ... by its position's angle: the interleaved layout. x:
-    (B, ..., S, p)."""
-    cos, sin = table  # (S, p/2)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+from moe.rotary import Table, rotate, softmax_magnitude
 
 
 class RMSNorm(nn.RMSNorm):
@@ -43,13 +35,13 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-class LatentCache:
-    """Room for the latents and rotated keys of `length` positions in every layer, allocated once: (r + p) numbers per
+class Cache:
+    """Room for what `length` positions leave behind in every layer, allocated once: config.cache_width numbers per
     token and layer."""
 
     def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        self.entries = torch.zeros(config.num_hidden_layers, batch, length, width, device=device, dtype=dtype)
+        shape = (config.num_hidden_layers, batch, length, config.cache_width)
+        self.entries = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0  # positions filled; the model moves it once all layers have written
 
     @property
@@ -57,7 +49,7 @@ class LatentCache:
         return self.entries.shape[2]
 
     def append(self, layer: int, entries: Tensor) -> Tensor:
-        """Write (B, S, r+p) behind what is there; the whole of it back, (B, L, r+p)."""
+        """Write (B, S, width) behind what is there; the whole of it back, (B, L, width)."""
         end = self.length + entries.shape[1]
         self.entries[layer, :, self.length : end] = entries
         return self.entries[layer, :, :end]
@@ -68,31 +60,22 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.config = config
         width, heads = config.hidden_size, config.num_attention_heads
-        nope, rope, value, rank = (
-            config.qk_nope_head_dim,
-            config.qk_rope_head_dim,
-            config.v_head_dim,
-            config.kv_lora_rank,
-        )
+        rope, rank, bias = config.qk_rope_head_dim, config.kv_lora_rank, config.attention_bias
+        # The two inner norms have eps 1e-6 whatever rms_norm_eps is, as in the released models
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(width, heads * (nope + rope), bias=False)
+            self.q_proj = nn.Linear(width, heads * config.query_head_dim, bias=False)  # never a bias, as published
         else:
-            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(
-                config.q_lora_rank, eps=1e-6
-            )  # 1e-6 whatever rms_norm_eps is, as in the released models
-            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * (nope + rope), bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(
-            width, rank + rope, bias=False
-        )  # the latent, and the rotated key that all heads share
+            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps=1e-6)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.query_head_dim, bias=False)
+        # The latent, and the rotated key that all heads share
+        self.kv_a_proj_with_mqa = nn.Linear(width, rank + rope, bias=bias)
         self.kv_a_layernorm = RMSNorm(rank, eps=1e-6)  # over the latent alone
-        self.kv_b_proj = nn.Linear(rank, heads * (nope + value), bias=False)
-        self.o_proj = nn.Linear(heads * value, width, bias=False)
-        self.scale = (nope + rope) ** -0.5
+        self.kv_b_proj = nn.Linear(rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=config.attention_output_bias)
+        self.scale = config.query_head_dim**-0.5 * softmax_magnitude(config.rope_scaling)
 
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], cache: LatentCache | None = None, layer: int = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor, table: Table, cache: Cache | None = None, layer: int = 0) -> Tensor:
         """x: (B, S, D) -> (B, S, D), causal. With a cache, x are the positions that follow those in it."""
         q_nope, q_rope = self.queries(x, table)
         entries = self.latents(x, table)
@@ -102,19 +85,18 @@ class LatentAttention(nn.Module):
         attended = self.absorbed(q_nope, q_rope, entries) if past else self.expanded(q_nope, q_rope, entries)
         return self.o_proj(rearrange(attended, "b h s v -> b s (h v)"))
 
-    def queries(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def queries(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor]:
         config = self.config
         q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = rearrange(q, "b s (h d) -> b h s d", h=config.num_attention_heads)
         q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        return q_nope, rotate(q_rope, table)  # (B, H, S, n), (B, H, S, p)
+        return q_nope, rotate(q_rope, table, config.rope_interleave)  # (B, H, S, n), (B, H, S, p)
 
-    def latents(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    def latents(self, x: Tensor, table: Table) -> Tensor:
         """What is cached of each token: its normalised latent and its rotated key. (B, S, r+p)."""
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split(
-            [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1
-        )
-        return torch.cat((self.kv_a_layernorm(latent), rotate(k_rope, table)), dim=-1)
+        config = self.config
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        return torch.cat((self.kv_a_layernorm(latent), rotate(k_rope, table, config.rope_interleave)), dim=-1)
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
         """For S = L: from the first position on. -> (B, H, S, v)."""
@@ -144,16 +126,82 @@ class LatentAttention(nn.Module):
         return einsum(einsum(weights, latent, "b h s l, b l r -> b h s r"), to_value, "b h s r, h v r -> b h s v")
 
 
+class GroupedQueryAttention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, dim, bias = config.hidden_size, config.query_head_dim, config.attention_bias
+        query_width, key_width = config.num_attention_heads * dim, config.key_value_heads * dim
+        self.q_proj = nn.Linear(width, query_width, bias=bias)
+        self.k_proj = nn.Linear(width, key_width, bias=bias)
+        self.v_proj = nn.Linear(width, key_width, bias=bias)
+        self.o_proj = nn.Linear(query_width, width, bias=config.attention_output_bias)
+        if config.qk_norm != "none":
+            per_head = config.qk_norm == "head"
+            self.q_norm = RMSNorm(dim if per_head else query_width, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(dim if per_head else key_width, eps=config.rms_norm_eps)
+        self.scale = dim**-0.5
+
+    def forward(self, x: Tensor, table: Table, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        """x: (B, S, D) -> (B, S, D), causal. With a cache, x are the positions that follow those in it."""
+        query, key, value = self.heads(x, table)
+        past = cache.length if cache is not None else 0
+        if cache is not None:
+            entries = cache.append(layer, rearrange([key, value], "two b g s d -> b s (two g d)"))
+            key, value = rearrange(entries, "b l (two g d) -> two b g l d", two=2, g=self.config.key_value_heads)
+        attended = self.behind_cache(query, key, value) if past else self.from_start(query, key, value)
+        return self.o_proj(rearrange(attended, "b h s d -> b s (h d)"))
+
+    def heads(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised and rotated queries (B, H, S, d) and keys, and values (B, G, S, d)."""
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.config.qk_norm == "projection":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (
+            rearrange(part, "b s (h d) -> b h s d", d=self.config.query_head_dim) for part in (query, key, value)
+        )
+        if self.config.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        return rotate(query, table, self.config.rope_interleave), rotate(key, table, self.config.rope_interleave), value
+
+    def from_start(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """For S = L: from the first position on. -> (B, H, S, d).
+
+        Each query head gets a copy of its group's key and value: on a GPU only the half-precision kernels know groups
+        (`enable_gqa`), and in float32 the whole (S, S) matrix of scores would be kept instead.
+        """
+        copies = self.config.num_attention_heads // self.config.key_value_heads
+        if copies > 1:
+            key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
+        return attend(query, key, value, self.scale)
+
+    def behind_cache(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """For new positions behind cached ones: the last of the L keys belong to the S queries. -> (B, H, S, d).
+
+        The queries of a group are laid end to end as if they were positions, so nothing of the cache is copied.
+        """
+        new, total = query.shape[-2], key.shape[-2]
+        grouped = rearrange(query, "b (g c) s d -> b g (c s) d", g=self.config.key_value_heads)
+        seen = None
+        if new > 1:
+            seen = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)
+            seen = seen.repeat(grouped.shape[-2] // new, 1)
+        attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=seen, scale=self.scale)
+        return rearrange(attended, "b g (c s) d -> b (g c) s d", s=new)
+
+
+def build_attention(config: ModelConfig) -> LatentAttention | GroupedQueryAttention:
+    return LatentAttention(config) if config.attention == "latent" else GroupedQueryAttention(config)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention of S queries over S keys. (B, H, S, d), (B, H, S, d), (B, H, S, v) -> (B, H, S, v)."""
     length, width = query.shape[-2], value.shape[-1]
-    if (
-        query.device.type == "cpu" and query.dtype == torch.bfloat16 and length <= 512
-    ):  # half the time of the fused kernel's backward there
+    # There by hand: half the time of the fused kernel's backward
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and length <= 512:
         future = torch.full((length, length), -torch.inf, dtype=query.dtype).triu(1)
-        with torch.autocast(
-            "cpu", enabled=False
-        ):  # it would copy the scores to float32; softmax sums in float32 in any case
+        # Autocast would copy the scores to float32; softmax sums in float32 in any case
+        with torch.autocast("cpu", enabled=False):
             return ((query * scale) @ key.mT + future).softmax(-1) @ value
     if width < query.shape[-1]:  # the fused kernels want one width: zeros add nothing
         value = F.pad(value, (0, query.shape[-1] - width))

@@ -33,7 +33,7 @@ from moe.data import Cursor
 from moe.device import Runtime, describe, resolve_device
 from moe.files import sync, sync_folder, write_whole
 from moe.model import Transformer
-from moe.optim import Optimizers
+from moe.optim import Average, Optimizers
 from moe.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -131,17 +131,20 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             raise CheckpointError(f"{path}: {error}") from None
 
-    def restore(self, model: Transformer, optimizers: Optimizers) -> State:
-        """The newest checkpoint into model and optimizers; where training stood."""
+    def restore(self, model: Transformer, optimizers: Optimizers, average: Average) -> State:
+        """The newest checkpoint into model, optimizers and average; where training stood."""
         checkpoint = self.checkpoints()[-1]
         verify(checkpoint)
-        load_model(model, checkpoint / "model.safetensors")
-        optimizers.load_state(load_tensors(checkpoint / "optimizer.safetensors"))
+        tensors = load_tensors(checkpoint / "optimizer.safetensors")
+        with average.applied():
+            load_model(model, checkpoint / "model.safetensors")
+            average.load_state(tensors)
+        optimizers.load_state(tensors)
         return read_state(checkpoint)
 
     def save(self, model: Transformer, optimizer: Iterator[tuple[str, Tensor]], state: State, keep_last: int) -> Path:
         """Write a checkpoint, then remove the oldest beyond keep_last. Raises CheckpointError when the disk does not
-        play along."""
+        play along. model: as it is to be used, which is the average where there is one."""
         final = self.path / "checkpoints" / f"{state.step:08d}"
         passing = final.with_name(f".{final.name}.{os.getpid()}")
         try:

@@ -1,4 +1,4 @@
-"""Everything that can be set, in frozen dataclasses: the model, the text, the optimizer, the training, the presets.
+"""Everything that can be set, in frozen dataclasses: the model, the text, the optimizer, the training.
 
 The model's fields carry the names of transformers' `DeepseekV3Config`, so a reader of either knows the other. Values
 are checked here and nowhere else; a message names the field, its value and the way out.
@@ -40,6 +40,52 @@ def require_not_negative(config: Any, names: str) -> None:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary embedding reaches beyond the context a model was trained on (see rotary.py), by the names of
+    transformers' `rope_parameters`."""
+
+    rope_type: Literal["default", "yarn", "llama3"] = "default"  # default: no scaling
+    factor: float = 1.0  # how many times longer the context becomes
+    original_max_position_embeddings: int = 0  # the context before; has to be given with a scaling
+
+    # YaRN
+    beta_fast: float = 32.0  # pairs that turn more often than this in the original context stay as they are
+    beta_slow: float = 1.0  # pairs that turn less often than this are slowed down by the whole factor
+    truncate: bool = True  # both limits rounded to whole pairs, outwards
+    # YaRN's sharper attention: the rotated part by the ratio of both mscale, or where one is 0 by a rule that knows
+    # `factor` alone; latent attention's scores by mscale_all_dim. 0: not given
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    attention_factor: float | None = None  # for the rotated part, instead of ratio and rule
+
+    # Llama 3.1: the same two limits
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        name, factor = "rope_scaling.", self.factor
+        if self.rope_type == "default":
+            require(factor == 1, f"{name}factor = {factor} does nothing without a {name}rope_type: yarn or llama3")
+            return
+        require(factor >= 1, f"{name}factor = {factor} must be at least 1: it stretches the context")
+        original = self.original_max_position_embeddings
+        require(
+            original > 0,
+            f"{name}original_max_position_embeddings = {original}: {self.rope_type} needs the context before scaling",
+        )
+        low, high = self.low_freq_factor, self.high_freq_factor
+        require(0 < low < high, f"{name}low_freq_factor = {low} must lie between 0 and {name}high_freq_factor = {high}")
+        slow, fast = self.beta_slow, self.beta_fast
+        require(0 < slow <= fast, f"{name}beta_slow = {slow} must lie between 0 and {name}beta_fast = {fast}")
+        require(self.mscale >= 0, f"{name}mscale = {self.mscale} must not be negative")
+        require(self.mscale_all_dim >= 0, f"{name}mscale_all_dim = {self.mscale_all_dim} must not be negative")
+        attention = self.attention_factor
+        require(
+            attention is None or attention > 0, f"{name}attention_factor = {attention}: give None to have it computed"
+        )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The architecture: DeepSeek-V3 (arXiv 2412.19437), its defaults the size of preset `tiny`."""
 
@@ -52,14 +98,26 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     hidden_dropout: float = 0.0  # on what attention and feed-forward add to the residual stream
 
-    # Multi-head latent attention (section 2.1.1)
+    # Attention: DeepSeek's latent one, or grouped queries as Llama, Qwen, OLMoE and Mixtral have them
+    attention: Literal["latent", "grouped"] = "latent"
     num_attention_heads: int = 4
+    attention_bias: bool = False  # of what makes queries, keys and values; latent: of q_a_proj and kv_a_proj_with_mqa
+    attention_output_bias: bool = False  # of o_proj; where transformers has an attention_bias, it means both
+    rope_theta: float = 10_000.0
+    rope_interleave: bool = True  # rotated pairs are neighbours, as in DeepSeek; False: half a head apart
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+
+    # Latent attention (section 2.1.1)
     q_lora_rank: int | None = None  # None: queries are not compressed
     kv_lora_rank: int = 64
     qk_nope_head_dim: int = 16
     qk_rope_head_dim: int = 16
     v_head_dim: int = 32
-    rope_theta: float = 10_000.0
+
+    # Grouped-query attention
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    qk_norm: Literal["none", "head", "projection"] = "none"  # of each head's query and key (Qwen3), or of all (OLMoE)
 
     # Feed-forward: the first layers dense, the others a mixture of experts (section 2.1.2)
     intermediate_size: int = 384
@@ -73,6 +131,8 @@ class ModelConfig:
     routed_scaling_factor: float = 1.0
     n_group: int = 1
     topk_group: int = 1
+
+    num_nextn_predict_layers: int = 0  # modules for multi-token prediction (section 2.2), behind the last layer
 
     # Load balancing: 0 turns a means off
     bias_update_speed: float = 1e-3  # added to the bias of an expert with too little load after each optimizer step
@@ -89,13 +149,35 @@ class ModelConfig:
         require_above(0, self, "routed_scaling_factor")
         require_not_negative(self, "vocab_size first_k_dense_replace n_shared_experts initializer_range")
         require_not_negative(self, "hidden_dropout bias_update_speed aux_loss_alpha router_z_loss")
+        require_not_negative(self, "num_nextn_predict_layers")
         require(self.hidden_dropout < 1, f"hidden_dropout = {self.hidden_dropout} must be below 1")
         require(
             self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank = {self.q_lora_rank}: give None for none"
         )
-        rotary = self.qk_rope_head_dim
-        require(rotary % 2 == 0, f"qk_rope_head_dim = {rotary} must be even: rotation acts on pairs")
+        self._check_attention()
         self._check_routing()
+
+    def _check_attention(self) -> None:
+        theta = self.rope_theta
+        require(self.rope_scaling.rope_type != "yarn" or theta > 1, f"rope_theta = {theta} must be above 1 for YaRN")
+        if self.attention == "latent":
+            for name, unset in (("num_key_value_heads", None), ("head_dim", None), ("qk_norm", "none")):
+                value = getattr(self, name)
+                why = "latent attention makes every head's keys from one normalised vector: leave it out, or choose"
+                require(value == unset, f'{name} = {value}: {why} attention = "grouped"')
+            rotary, name = self.qk_rope_head_dim, "qk_rope_head_dim"
+        else:
+            width, heads, groups = self.hidden_size, self.num_attention_heads, self.key_value_heads
+            require(
+                groups > 0 and heads % groups == 0,
+                f"num_key_value_heads = {groups} must divide num_attention_heads = {heads}",
+            )
+            require(
+                self.head_dim is not None or width % heads == 0,
+                f"num_attention_heads = {heads} must divide hidden_size = {width}, or give a head_dim",
+            )
+            rotary, name = self.query_head_dim, "head_dim"
+        require(rotary > 0 and rotary % 2 == 0, f"{name} = {rotary} must be even, and above 0: rotation acts on pairs")
 
     def _check_routing(self) -> None:
         experts, chosen, groups, kept = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
@@ -106,11 +188,45 @@ class ModelConfig:
         require(experts % groups == 0, f"n_group = {groups} must divide n_routed_experts = {experts}")
         require(kept <= groups, f"topk_group = {kept} is more than n_group = {groups}: {advice}")
         room = kept * (experts // groups)
-        require(chosen <= room, f"num_experts_per_tok = {chosen} is more than topk_group = {kept} groups hold: {room}")
+        require(
+            chosen <= room,
+            f"num_experts_per_tok = {chosen} is more than topk_group = {kept} groups hold: {room}; {advice}",
+        )
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def query_head_dim(self) -> int:
+        """Numbers in each head's query, and in its key."""
+        if self.attention == "latent":
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        return self.v_head_dim if self.attention == "latent" else self.query_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of the query's numbers are rotated."""
+        return self.qk_rope_head_dim if self.attention == "latent" else self.query_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers that a token leaves behind in each layer for those after it."""
+        if self.attention == "latent":
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return 2 * self.key_value_heads * self.query_head_dim
 
     @property
     def num_moe_layers(self) -> int:
         return max(self.num_hidden_layers - self.first_k_dense_replace, 0)
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether this layer has no experts. Those of multi-token prediction, which come after, are like the last."""
+        return min(layer, self.num_hidden_layers - 1) < self.first_k_dense_replace
 
     @property
     def router_learns_nothing(self) -> bool:
@@ -168,11 +284,18 @@ class OptimConfig:
     decay: float = 0.7
     final_lr: float = 0.05  # of the peak
     grad_clip: float = 1.0  # 0: none
+    mtp_weight: float = (
+        0.3  # of the mean loss of multi-token prediction in what is minimised (DeepSeek-V3, section 4.2)
+    )
+    mtp_final_weight: float = 0.1
+    mtp_final_from: float = 0.67  # the part of the training after which the final weight holds
+    ema_decay: float = 0.0  # of the running average of the weights that is evaluated and saved; 0: no average
 
     def __post_init__(self) -> None:
         require_above(0, self, "muon_lr adam_lr router_lr")
         require_not_negative(self, "muon_weight_decay adam_weight_decay warmup decay final_lr grad_clip")
-        for name in ("muon_momentum", "adam_beta1", "adam_beta2"):
+        require_not_negative(self, "mtp_weight mtp_final_weight mtp_final_from")
+        for name in ("muon_momentum", "adam_beta1", "adam_beta2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, f"optim.{name} = {getattr(self, name)} must lie in [0, 1)")
         require(
             self.warmup + self.decay <= 1,
@@ -184,21 +307,38 @@ class OptimConfig:
 class TrainConfig:
     """How a step is made and how often a run looks at itself."""
 
-    batch_size: int = 8  # sequences a micro-batch
+    tokens_per_step: Annotated[int, tyro.conf.arg(aliases=("--tokens-per-step",))] = 2048  # of one optimizer step
     sequence_length: int = 256
-    gradient_accumulation_steps: int = 1
+    micro_batch_size: int | Literal["auto"] = "auto"  # sequences at a time; the gradients of a step are accumulated
+    activation_checkpointing: bool = False  # less memory, a third more work: layers are computed again for gradients
     eval_interval: int = 250  # steps; 0: only at the end
+    eval_tokens: int = 0  # of the validation split that evaluations before the last one read; 0: all
     save_interval: int = 500  # steps; 0: only at the end
     log_interval: int = 50  # steps between lines where there is no terminal
     keep_last: int = 2  # checkpoints
 
     def __post_init__(self) -> None:
-        require_above(0, self, "batch_size sequence_length gradient_accumulation_steps log_interval keep_last")
-        require_not_negative(self, "eval_interval save_interval")
+        require_above(0, self, "tokens_per_step sequence_length log_interval keep_last")
+        require_not_negative(self, "eval_interval eval_tokens save_interval")
+        tokens, length, micro = self.tokens_per_step, self.sequence_length, self.micro_batch_size
+        nearest = max(round(tokens / length), 1) * length
+        require(
+            tokens % length == 0,
+            f"train.tokens_per_step = {tokens} must be a multiple of train.sequence_length = {length}: {nearest} is",
+        )
+        require(
+            micro == "auto" or (micro > 0 and self.sequences_per_step % micro == 0),
+            f"train.micro_batch_size = {micro} must divide the {self.sequences_per_step} sequences of a step: "
+            f"{', '.join(map(str, self.micro_batch_sizes()))} do, and auto chooses one",
+        )
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.sequence_length * self.gradient_accumulation_steps
+    def sequences_per_step(self) -> int:
+        return self.tokens_per_step // self.sequence_length
+
+    def micro_batch_sizes(self) -> list[int]:
+        """What may be chosen, the largest first: micro-batches are equal, so that their mean is the large batch's."""
+        return [size for size in range(self.sequences_per_step, 0, -1) if self.sequences_per_step % size == 0]
 
 
 @dataclass(frozen=True)
@@ -243,35 +383,18 @@ class RunConfig:
         window, context = self.train.sequence_length, self.model.max_position_embeddings
         name = "model.max_position_embeddings"
         require(window <= context, f"train.sequence_length = {window} is more than the context, {name} = {context}")
+        ahead = self.model.num_nextn_predict_layers
+        require(
+            ahead < window,
+            f"model.num_nextn_predict_layers = {ahead} looks past the end of every window: it must be less than "
+            f"train.sequence_length = {window}",
+        )
 
-
-def presets() -> dict[str, RunConfig]:
-    """Complete runs by name."""
-    tiny = RunConfig()
-    all_dense = replace(tiny.model, first_k_dense_replace=tiny.model.num_hidden_layers)
-    dense = replace(tiny, preset="dense", model=all_dense)
-    debug = RunConfig(
-        preset="debug",
-        steps=30,
-        model=ModelConfig(
-            vocab_size=0,
-            hidden_size=32,
-            num_hidden_layers=2,
-            max_position_embeddings=64,
-            num_attention_heads=2,
-            kv_lora_rank=16,
-            qk_nope_head_dim=8,
-            qk_rope_head_dim=8,
-            v_head_dim=16,
-            intermediate_size=64,
-            n_routed_experts=4,
-            moe_intermediate_size=32,
-            bias_update_speed=0.02,  # 30 steps of 1e-3 would not move a choice
-        ),
-        data=DataConfig(vocab_size=320),
-        train=TrainConfig(batch_size=8, sequence_length=64, eval_interval=15, save_interval=15, log_interval=10),
-    )
-    return {run.preset: run for run in (tiny, dense, debug)}
+    @property
+    def sized_model(self) -> ModelConfig:
+        """The model, with the vocabulary to expect where that is left to the tokenizer."""
+        expected = {"bpe": self.data.vocab_size, "bytes": 264, "gpt2": 50_304}[self.data.tokenizer]
+        return replace(self.model, vocab_size=self.model.vocab_size or expected)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -290,13 +413,17 @@ def from_dict(kind: type[C], values: Any, where: str = "config") -> C:
 def _typed(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where)
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        require(value in options, f"{where} = {value!r} must be one of {', '.join(map(str, options))}")
-        return value
-    allowed = options if origin in (typing.Union, types.UnionType) else (hint,)
-    if float in allowed and type(value) is int:
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    choices: list[Any] = []  # values as they stand
+    kinds: list[type] = []
+    for option in typing.get_args(hint) if union else (hint,):
+        literal = typing.get_origin(option) is Literal
+        (choices if literal else kinds).extend(typing.get_args(option) if literal else [option])
+    if float in kinds and type(value) is int:
         value = float(value)
-    names = " or ".join(getattr(option, "__name__", str(option)) for option in allowed)
-    require(type(value) in allowed, f"{where} = {value!r} must be of type {names}")
+    among = [f"one of {', '.join(map(str, choices))}"] if choices else []
+    allowed = " or ".join([*among, *(f"of type {kind.__name__}" for kind in kinds)])
+    require(type(value) in kinds or value in choices, f"{where} = {value!r} must be {allowed}")
     return value

@@ -15,10 +15,13 @@ from typing import Any
 import torch
 
 from moe.config import MoeError, RunConfig
+from moe.cost import activation_bytes, count, machine_bytes
 from moe.experts import choose_backend
 from moe.model import Losses, Transformer
 
 LossFunction = Callable[..., Losses]
+CPU_SHARE = 0.25  # of the memory, for activations: a laptop has other things to do
+GPU_SHARE = 0.92
 
 
 class DeviceError(MoeError):
@@ -31,6 +34,7 @@ class Runtime:
     dtype: str
     compile: bool
     expert_backend: str
+    micro_batch_size: int
     threads: int
 
     @property
@@ -47,16 +51,18 @@ def resolve(config: RunConfig) -> tuple[Runtime, dict[str, str]]:
     device, why_device = resolve_device(config.device)
     dtype, why_dtype = resolve_dtype(config.dtype, device)
     compiled, why_compile = resolve_compile(config.compile, device)
-    tokens = config.train.batch_size * config.train.sequence_length
+    micro, why_micro = resolve_micro_batch(config, device)
+    tokens = micro * config.train.sequence_length
     backend, why_backend = choose_backend(config.model, device, getattr(torch, dtype), tokens)
     if config.model.num_moe_layers == 0:
         backend, why_backend = "none", "no mixture-of-experts layer"
-    runtime = Runtime(device, dtype, compiled, backend, torch.get_num_threads())
+    runtime = Runtime(device, dtype, compiled, backend, micro, torch.get_num_threads())
     return runtime, {
         "device": f"{device}: {why_device}",
         "dtype": f"{dtype}: {why_dtype}",
         "compile": f"{'on' if compiled else 'off'}: {why_compile}",
         "experts": f"{backend}: {why_backend}",
+        "batch": f"{micro} x {config.train.sequence_length} tokens at a time: {why_micro}",
         "threads": f"{runtime.threads}: torch's default",
     }
 
@@ -99,25 +105,42 @@ def resolve_compile(asked: str, device: str) -> tuple[bool, str]:
     return True, "triton is there"
 
 
+def resolve_micro_batch(config: RunConfig, device: str) -> tuple[int, str]:
+    """Sequences at a time. Raises DeviceError where not even the weights could be trained."""
+    train, memory = config.train, machine_bytes(device)
+    size, sizes = count(config.sized_model), train.micro_batch_sizes()
+    left = memory - size.training_bytes
+    if left <= 0:
+        raise DeviceError(
+            f"to train {size.total / 1e9:,.1f}B parameters takes {size.training_bytes / 1e9:,.0f} GB for weights, "
+            f"gradients and momentum alone; {device} has {memory / 1e9:,.0f} GB: choose a smaller --preset or model"
+        )
+    if train.micro_batch_size != "auto":
+        return train.micro_batch_size, "as asked"
+    each = activation_bytes(config.sized_model, train.sequence_length, train.activation_checkpointing)
+    share = 1.0 if device == "cuda" else CPU_SHARE
+    fitting = next((micro for micro in sizes if micro * each <= share * left), 1)
+    return fitting, f"an estimated {fitting * each / 1e9:,.1f} GB of activations"
+
+
 def working_losses(
     model: Transformer, config: RunConfig, runtime: Runtime, warn: Callable[[str], None]
 ) -> tuple[LossFunction, Runtime]:
     """model.losses, compiled and with the expert back-end as decided, or with a notice as far as they work; and what
     it came to. Each way is tried on a batch of the real shape: a fast path may load and then fail when it runs."""
+    model.activation_checkpointing = config.train.activation_checkpointing
+    if runtime.device == "cuda" and config.train.micro_batch_size == "auto":
+        runtime = fit_micro_batch(model, config, runtime)
     attempts = [runtime, replace(runtime, compile=False)] if runtime.compile else [runtime]
     if runtime.expert_backend not in ("none", "loop"):
         attempts.append(replace(runtime, compile=False, expert_backend="loop"))
     for attempt in attempts:
-        for layer in model.moe_layers():
-            layer.backend = attempt.expert_backend
         losses_of: LossFunction = torch.compile(model.losses, dynamic=False) if attempt.compile else model.losses
         if runtime.device == "cpu" and not attempt.compile:
+            set_backend(model, attempt)
             return losses_of, attempt
         try:
-            shape = (config.train.batch_size, config.train.sequence_length)
-            tokens = torch.zeros(shape, dtype=torch.int64, device=runtime.device)
-            with runtime.autocast():
-                losses_of(tokens, tokens.clone(), None).objective.backward()
+            try_step(model, losses_of, config, attempt)
             return losses_of, attempt
         except torch.OutOfMemoryError:
             raise
@@ -125,9 +148,41 @@ def working_losses(
             reason = (str(error).strip() or type(error).__name__).split("\n")[0][:160]
             way = "compiled" if attempt.compile else attempt.expert_backend
             warn(f"notice: {way} training failed here ({reason}): trying a slower way")
-        finally:
-            model.zero_grad(set_to_none=True)
     raise DeviceError(f"no way of computing this model works on {runtime.device}: try --device cpu")
+
+
+def set_backend(model: Transformer, runtime: Runtime) -> None:
+    for layer in model.moe_layers():
+        layer.backend = runtime.expert_backend
+
+
+def try_step(model: Transformer, losses_of: LossFunction, config: RunConfig, runtime: Runtime) -> None:
+    """Forward and backward of a batch of the real shape, without a trace."""
+    set_backend(model, runtime)
+    shape = (runtime.micro_batch_size, config.train.sequence_length)
+    tokens = torch.zeros(shape, dtype=torch.int64, device=runtime.device)
+    try:
+        with runtime.autocast():
+            losses = losses_of(tokens, tokens.clone(), None, torch.ones((), device=runtime.device))
+        losses.objective.backward()
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def fit_micro_batch(model: Transformer, config: RunConfig, runtime: Runtime) -> Runtime:
+    """The largest micro-batch that fits the GPU beside momentum and AdamW's moments, found by trying."""
+    moments = 2 * sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    each = activation_bytes(config.sized_model, config.train.sequence_length, config.train.activation_checkpointing)
+    for micro in (size for size in config.train.micro_batch_sizes() if size * each < 2 * machine_bytes("cuda")):
+        attempt = replace(runtime, micro_batch_size=micro, compile=False)
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            try_step(model, model.losses, config, attempt)
+            if torch.cuda.max_memory_allocated() + moments < GPU_SHARE * machine_bytes("cuda"):
+                break
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    return replace(runtime, micro_batch_size=micro)
 
 
 def reuse_memory() -> bool:

@@ -81,9 +81,38 @@ def grouped_experts(x: Tensor, chosen: Tensor, gates: Tensor, gate_up_proj: Tens
 
     rows = TakeRows.apply(x, pair // top_k, place, top_k)  # (P, D)
     weights = gates.new_zeros(places).scatter(0, place, gates.flatten())  # (P,)
-    hidden = swiglu(F.grouped_mm(rows, gate_up_proj.mT, offs=ends.int())) * weights.unsqueeze(-1)  # (P, F)
-    out = F.grouped_mm(hidden, down_proj.mT, offs=ends.int())  # (P, D)
+    product = opaque_grouped_mm if x.dtype == torch.float32 and torch.compiler.is_compiling() else grouped_mm
+    hidden = swiglu(product(rows, gate_up_proj.mT, ends.int())) * weights.unsqueeze(-1)  # (P, F)
+    out = product(hidden, down_proj.mT, ends.int())  # (P, D)
     return TakeRows.apply(out, place, pair, 1).unflatten(0, (-1, top_k)).sum(1)
+
+
+def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Each segment of rows times its expert's matrix. (P, m), (E, m, n), (E,) int32 -> (P, n). With rows (m, P) and
+    weights (P, n), each expert's product over its segment: (E, m, n)."""
+    return F.grouped_mm(rows, weights, offs=ends)
+
+
+@torch.library.custom_op("moe::grouped_mm", mutates_args=())
+def opaque_grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """The same as one operation that torch.compile does not look into: it knows grouped products in bfloat16 alone."""
+    return grouped_mm(rows, weights, ends)
+
+
+@opaque_grouped_mm.register_fake
+def _(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    experts = () if weights.ndim == 3 else ends.shape
+    return rows.new_empty(*experts, rows.shape[0], weights.shape[-1])
+
+
+def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    rows, weights, ends = ctx.saved_tensors
+    return opaque_grouped_mm(grad, weights.mT, ends), opaque_grouped_mm(rows.mT, grad, ends), None
+
+
+opaque_grouped_mm.register_autograd(
+    _grouped_mm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 
 
 def segment_alignment(x: Tensor) -> int:

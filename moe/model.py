@@ -1,51 +1,58 @@
-"""The Transformer: blocks, the language-model loss beside the balance terms, and what a model costs.
+"""The Transformer: blocks, multi-token prediction, and the loss beside its companions.
 
 Notation: B sequences, S positions, D model width, E routed experts, V vocabulary, L MoE layers.
 
-Decoder-only and pre-norm, as DeepSeek-V3: embedding; per layer RMSNorm, latent attention, RMSNorm, feed-forward
-(dense in the first `first_k_dense_replace` layers, a mixture of experts after); a final norm; a head of its own
-unless tied.
+Decoder-only and pre-norm, as DeepSeek-V3: embedding; per layer RMSNorm, attention, RMSNorm, feed-forward (dense in
+the first `first_k_dense_replace` layers, a mixture of experts after); a final norm; a head of its own unless tied.
+
+Two means against a large memory, neither of which changes a result: a large vocabulary's logits are made piece by
+piece, and with `activation_checkpointing` each layer is computed again for its gradients. What the router chose is
+kept, so computing again can never choose differently, and loads are returned values that nobody adds up twice.
 """
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from moe.attention import LatentAttention, LatentCache, RMSNorm, rotary_table
+from moe.attention import Cache, RMSNorm, build_attention
 from moe.config import ConfigError, ModelConfig
 from moe.data import IGNORE
 from moe.experts import MLP, MoE
+from moe.rotary import Table, rotary_table
 from moe.router import RoutingStats
 
 OUTPUT_PROJECTIONS = ("o_proj.weight", "down_proj.weight", "down_proj")
+LOGITS = 1 << 26  # made at a time: 256 MiB of float32
 
 
 class Losses(NamedTuple):
     """The loss and its companions, which never mix: `loss` is the language model's alone."""
 
     loss: Tensor  # () mean cross-entropy in nats per token
-    objective: Tensor  # () what is minimised: loss plus the weighted balance terms, summed over layers
-    routing: RoutingStats | None  # stacked over the MoE layers; None where there is none
+    mtp: Tensor  # (depths,) the same of each module of multi-token prediction, unweighted
+    objective: Tensor  # () what is minimised: loss, plus the weighted others, balance terms summed over layers
+    routing: (
+        RoutingStats | None
+    )  # stacked over the MoE layers, those of multi-token prediction last; None: there is none
 
     @staticmethod
     def mean(parts: "list[Losses]") -> "Losses":
         """Of equal micro-batches, detached: their mean losses and the sum of their loads."""
-        routings = [part.routing for part in parts if part.routing is not None]
+
+        def over(terms: Any) -> Tensor:
+            return torch.stack([term.detach() for term in terms])
+
         routing = None
-        if routings:
-            loads, balance, z = (
-                torch.stack([term.detach() for term in terms]) for terms in zip(*routings, strict=True)
-            )
-            routing = RoutingStats(loads.sum(0), balance.mean(0), z.mean(0))
-        loss, objective = (
-            torch.stack([term.detach() for term in terms]).mean()
-            for terms in zip(*(part[:2] for part in parts), strict=True)
-        )
-        return Losses(loss, objective, routing)
+        if parts[0].routing is not None:
+            load, balance, z = map(over, zip(*(part.routing for part in parts if part.routing), strict=True))
+            routing = RoutingStats(load.sum(0), balance.mean(0), z.mean(0))
+        loss, mtp, objective = (over(terms).mean(0) for terms in zip(*(part[:3] for part in parts), strict=True))
+        return Losses(loss, mtp, objective, routing)
 
 
 class Block(nn.Module):
@@ -53,18 +60,14 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = LatentAttention(config)
+        self.self_attn = build_attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        dense = layer < config.first_k_dense_replace
+        dense = config.is_dense(layer)
         self.mlp: MLP | MoE = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        table: tuple[Tensor, Tensor],
-        cache: LatentCache | None = None,
-        global_load: Tensor | None = None,
+        self, x: Tensor, table: Table, cache: Cache | None = None, global_load: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), table, cache, self.layer))
         normed = self.post_attention_layernorm(x)
@@ -72,6 +75,22 @@ class Block(nn.Module):
             out, stats = self.mlp.forward_with_stats(normed, global_load)
             return x + self.dropout(out), stats
         return x + self.dropout(self.mlp(normed)), None
+
+
+class MTPModule(nn.Module):
+    """One depth of multi-token prediction (DeepSeek-V3, eq. 21-23): looks one token further than the state it is given.
+
+    Embedding and head are the main model's. As in the released weights the embedding comes first in the projection's
+    input, and the state is the normalised one that the head reads (the report leaves both open).
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.enorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.block = Block(config, layer)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class Transformer(nn.Module):
@@ -87,9 +106,12 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        depths = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+        self.mtp = nn.ModuleList(MTPModule(config, layer) for layer in depths)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.activation_checkpointing = False  # train.py sets what its configuration says
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -100,40 +122,101 @@ class Transformer(nn.Module):
             if weight.ndim > 1:
                 output = name.endswith(OUTPUT_PROJECTIONS)
                 nn.init.normal_(weight, std=std / math.sqrt(2 * self.config.num_hidden_layers) if output else std)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(weight)
 
-    def forward(self, tokens: Tensor, cache: LatentCache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """With a cache, tokens are those that follow the cached ones, and are added to it."""
         return self.lm_head(self.hidden_states(tokens, cache)[0]).float()
 
-    def hidden_states(
-        self, tokens: Tensor, cache: LatentCache | None = None, global_load: Tensor | None = None
-    ) -> tuple[Tensor, RoutingStats | None]:
+    def hidden_states(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, RoutingStats | None]:
         """(B, S) -> the normalised last hidden states (B, S, D), and the routing of the MoE layers."""
-        past = cache.length if cache is not None else 0
-        positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
-        table = rotary_table(positions, self.config.qk_rope_head_dim, self.config.rope_theta)
-        x = self.embed_tokens(tokens)
-        stats: list[RoutingStats] = []
-        for block in self.blocks():
-            x, routing = block(x, table, cache, None if global_load is None else global_load[len(stats)])
-            if routing is not None:
-                stats.append(routing)
-        if cache is not None:
-            cache.length += tokens.shape[1]
-        return self.norm(x), RoutingStats(*map(torch.stack, zip(*stats, strict=True))) if stats else None
+        hidden, stats = self._run(tokens, self.rotary_table(tokens, cache), cache)
+        return hidden, stack(stats)
 
-    def losses(self, tokens: Tensor, targets: Tensor, global_load: Tensor | None = None) -> Losses:
-        """tokens, targets: (B, S) int64; targets of -100 are not scored. global_load: (L, E), see Router.stats."""
-        hidden, routing = self.hidden_states(tokens, global_load=global_load)
-        loss = F.cross_entropy(self.lm_head(hidden).float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-        objective = loss
+    def losses(
+        self, tokens: Tensor, targets: Tensor, global_load: Tensor | None = None, mtp_weight: Tensor | float = 0.0
+    ) -> Losses:
+        """tokens, targets: (B, S) int64; targets of -100 are not scored. global_load: (L, E), see Router.stats.
+        mtp_weight: of the mean loss of multi-token prediction in the objective."""
+        table = self.rotary_table(tokens)
+        hidden, stats = self._run(tokens, table, global_load=global_load)
+        loss = self.cross_entropy(hidden, targets)
+        further = []
+        for depth, module in enumerate(
+            self.mtp_modules(), 1
+        ):  # from t_0 ... t_i and t_{i+depth}, predict t_{i+depth+1}
+            joined = torch.cat((module.enorm(self.embed_tokens(tokens[:, depth:])), module.hnorm(hidden[:, :-1])), -1)
+            x = module.eh_proj(joined)
+            x = self._through(module.block, x, tuple(part[:-depth] for part in table), stats, global_load)
+            hidden = module.norm(x)
+            further.append(self.cross_entropy(hidden, targets[:, depth:]))
+        mtp = torch.stack(further) if further else loss.new_zeros(0)
+        objective, routing = loss + mtp_weight * mtp.mean() if further else loss, stack(stats)
         if routing is not None:
             alpha = self.config.aux_loss_alpha if self.config.balance_loss != "none" else 0.0
-            objective = loss + alpha * routing.balance_loss.sum() + self.config.router_z_loss * routing.z_loss.sum()
-        return Losses(loss, objective, routing)
+            objective = (
+                objective + alpha * routing.balance_loss.sum() + self.config.router_z_loss * routing.z_loss.sum()
+            )
+        return Losses(loss, mtp, objective, routing)
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean over the scored targets. Where the logits would be large they are made piece by piece, and again for
+        their gradients, so that never more than LOGITS of them exist. (B, S, D), (B, S) -> ()."""
+        rows = max(1, LOGITS // self.config.vocab_size)
+        flat, wanted = hidden.flatten(0, 1), targets.flatten()
+        if len(wanted) <= rows:
+            return F.cross_entropy(self.lm_head(flat).float(), wanted, ignore_index=IGNORE)
+        total = flat.new_zeros((), dtype=torch.float32)
+        for piece, goal in zip(flat.split(rows), wanted.split(rows), strict=True):
+            total = total + checkpoint(self._summed_loss, piece, goal, use_reentrant=False)
+        return total / (wanted != IGNORE).sum()
+
+    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.lm_head(hidden).float(), targets, ignore_index=IGNORE, reduction="sum")
+
+    def rotary_table(self, tokens: Tensor, cache: Cache | None = None) -> Table:
+        past = cache.length if cache is not None else 0
+        positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
+        config = self.config
+        return rotary_table(positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
+
+    def _run(
+        self, tokens: Tensor, table: Table, cache: Cache | None = None, global_load: Tensor | None = None
+    ) -> tuple[Tensor, list[RoutingStats]]:
+        x, stats = self.embed_tokens(tokens), []  # type: Tensor, list[RoutingStats]
+        for block in self.layers:
+            x = self._through(block, x, table, stats, global_load, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x), stats
+
+    def _through(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        table: tuple[Tensor, ...],
+        stats: list[RoutingStats],
+        global_load: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """x behind a block, whose routing joins `stats`."""
+        load = global_load[len(stats)] if global_load is not None and len(stats) < len(global_load) else None
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            keep = partial(create_selective_checkpoint_contexts, keep_choice)
+            x, routing = checkpoint(block, x, table, None, load, use_reentrant=False, context_fn=keep)
+        else:
+            x, routing = block(x, table, cache, load)
+        if routing is not None:
+            stats.append(routing)
+        return x
 
     def blocks(self) -> list[Block]:
-        return list(self.layers)  # type: ignore[arg-type]
+        """Those of the main model, then those of multi-token prediction."""
+        return [*self.layers, *(module.block for module in self.mtp_modules())]
+
+    def mtp_modules(self) -> list[MTPModule]:
+        return list(self.mtp)  # type: ignore[arg-type]
 
     def moe_layers(self) -> list[MoE]:
         return [block.mlp for block in self.blocks() if isinstance(block.mlp, MoE)]
@@ -144,29 +227,12 @@ class Transformer(nn.Module):
             layer.router.update_bias(counts)
 
 
-@dataclass(frozen=True)
-class Size:
-    """How large a model is. Active is what a token's forward pass multiplies with; the input embedding, a table
-    look-up, is not."""
-
-    total: int
-    active: int
-    attention_flops: int  # per token, forward, of scores and weighted values over the mean causal window
-
-    @property
-    def training_flops(self) -> int:
-        """Per token: 2 per parameter forward, twice that backward."""
-        return 3 * (2 * self.active + self.attention_flops)
+def stack(stats: list[RoutingStats]) -> RoutingStats | None:
+    return RoutingStats(*map(torch.stack, zip(*stats, strict=True))) if stats else None
 
 
-def count(config: ModelConfig, sequence_length: int | None = None) -> Size:
-    """Counted on a model without memory, so any size is free."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    total = sum(weight.numel() for weight in model.parameters())
-    idle = config.n_routed_experts - config.num_experts_per_tok
-    unused = sum(idle * (layer.gate_up_proj[0].numel() + layer.down_proj[0].numel()) for layer in model.moe_layers())
-    embedding = 0 if config.tie_word_embeddings else model.embed_tokens.weight.numel()
-    heads, window = config.num_attention_heads, sequence_length or config.max_position_embeddings
-    per_pair = 2 * heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-    return Size(total, total - unused - embedding, config.num_hidden_layers * per_pair * (window + 1) // 2)
+def keep_choice(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    """What is kept where activations are computed again: the choice of the router. Scores that differ in their last
+    bit could choose differently, and gradients would then flow through experts that never ran."""
+    chosen = operation == torch.ops.aten.topk.default
+    return CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,4 +1,4 @@
-"""Muon for the matrices, AdamW for the rest, and how the learning rates move.
+"""Muon for the matrices, AdamW for the rest, an average of the weights, and how everything moves over a training.
 
 Muon (Jordan et al. 2024): momentum whose matrix is made orthogonal before it is applied, so that every direction of a
 weight learns at the same pace. Matrices of hidden layers get it: attention, dense and shared feed-forward, and the
@@ -8,6 +8,7 @@ to do with each other). Embedding, head, norms and the small router matrix get A
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -139,6 +140,47 @@ class Optimizers:
             optimizer.state[weight][kind] = value if kind == "step" else value.to(weight.device)
 
 
+class Average:
+    """A running average of every weight and buffer (EMA): w' += (1 - d) (w - w') after each step, with d growing to
+    `decay` as (1 + step) / (10 + step), so that the first weights are soon forgotten. A decay of 0 averages nothing.
+
+    It lies beside the model; `with average.applied():` exchanges the two, to evaluate, save or load the average as the
+    model and what is trained as its companion.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())} if decay else {}
+        self.other = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, tensor in self.tensors.items():
+            self.other[name].lerp_(tensor, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, tensor in self.tensors.items():
+            tensor.data, self.other[name] = self.other[name], tensor.data
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """While applied: what is trained, by `name/trained`."""
+        yield from ((f"{name}/trained", tensor) for name, tensor in self.other.items())
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """While applied: take out of a checkpoint's tensors what is this object's."""
+        for name, tensor in self.other.items():
+            tensor.copy_(tensors.pop(f"{name}/trained"))
+
+
 def sort_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Each parameter into exactly one group, by what it is."""
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "fused": [], "embeddings": [], "norms": [], "router": []}
@@ -165,3 +207,8 @@ def lr_share(progress: float, config: OptimConfig) -> float:
         return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     left = (1 - progress) / config.decay if config.decay else 1.0
     return config.final_lr + (1 - config.final_lr) * max(0.0, min(1.0, left))
+
+
+def mtp_weight(progress: float, config: OptimConfig) -> float:
+    """Of multi-token prediction's loss, after this part of the training: one weight, then a smaller one."""
+    return config.mtp_weight if progress < config.mtp_final_from else config.mtp_final_weight

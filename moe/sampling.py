@@ -1,4 +1,4 @@
-"""Writing: prefill, decode with the latent cache, and the ways to draw the next token.
+"""Writing: prefill, decode with the cache, and the ways to draw the next token.
 
 Notation: B sequences, S prompt positions, N new tokens, V vocabulary.
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe.attention import LatentCache
+from moe.attention import Cache
 from moe.config import MoeError, SampleConfig
 from moe.model import Transformer
 
@@ -70,7 +70,7 @@ def decode(
         with torch.inference_mode():
             fresh = window if cache is None else window[:, -1:]
             if cache is None and use_cache:
-                cache = LatentCache(model.config, len(window), context, weight.device, weight.dtype)
+                cache = Cache(model.config, len(window), context, weight.device, weight.dtype)
             new = draw(model(fresh, cache)[:, -1, :vocab_size], config, generator)
         window = torch.cat((window, new[:, None]), dim=1)
         yield new

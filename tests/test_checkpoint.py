@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,25 @@ from conftest import TEXT, run_training
 import moe
 import train
 from moe.checkpoint import CheckpointError, RunFolder, load_tensors, verify
+from moe.corpus import prepare
+from moe.data import TokenStream
+from moe.lab.score import evaluate
 from moe.metrics import MetricsLog, read_metrics
 
 ROOT = Path(__file__).parent.parent
 # Accumulation, dropout, both balance losses' terms, an epoch's end: 20 steps of 4 x 2 windows of 16 from about 60.
 FEATURES = (
-    *("--train.gradient-accumulation-steps", "2", "--model.hidden-dropout", "0.2", "--model.router-z-loss", "0.01"),
-    *("--train.batch-size", "4", "--train.sequence-length", "16", "--data.tokenizer", "bytes", "--steps", "20"),
+    *(
+        "--tokens-per-step",
+        "128",
+        "--train.micro-batch-size",
+        "4",
+        "--model.hidden-dropout",
+        "0.2",
+        "--model.router-z-loss",
+        "0.01",
+    ),
+    *("--train.sequence-length", "16", "--data.tokenizer", "bytes", "--steps", "20"),
 )
 
 
@@ -56,7 +69,13 @@ def without_times(path: Path) -> list[dict]:
     return [{key: value for key, value in record.items() if key != "seconds"} for record in read_metrics(path)]
 
 
-@pytest.mark.parametrize("features", [(), ("--model.balance-loss", "switch", "--optim.schedule", "cosine")])
+AHEAD = ("--model.num-nextn-predict-layers", "2", "--optim.mtp-final-from", "0.5", "--optim.ema-decay", "0.8")
+GROUPED = ("--model.attention", "grouped", "--train.activation-checkpointing", "--train.eval-tokens", "40")
+
+
+@pytest.mark.parametrize(
+    "features", [(), ("--model.balance-loss", "switch", "--optim.schedule", "cosine"), (*AHEAD, *GROUPED)]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_to_the_last_bit(text, monkeypatch, features, dtype):
     options = ("--data", text, *FEATURES, *features, "--dtype", dtype)
@@ -142,6 +161,28 @@ def test_the_same_command_continues_a_run_flags_included(text):
     assert run_training(*options, "--model.no-norm-topk-prob") == 0
     assert run_training(*options, "--model.no-norm-topk-prob", "--steps", "21") == 0
     assert len(read_metrics(Path("run/metrics.jsonl"))) == 21
+
+
+def test_what_is_evaluated_saved_and_loaded_is_the_average(text):
+    options = ("--data", text, *FEATURES, "--dtype", "float32")
+    assert run_training("--out", "plain", *options) == 0
+    assert run_training("--out", "average", *options, "--optim.ema-decay", "0.8") == 0
+    plain, average = (read_metrics(Path(name, "metrics.jsonl"))[-1] for name in ("plain", "average"))
+    assert plain["loss"] == average["loss"]  # training is the same
+    assert plain["val_loss"] != average["val_loss"]
+    run = moe.load("average")
+    stream = TokenStream(prepare(run.config.data), "val")
+    score, _ = evaluate(run.model, stream, 16, nullcontext)
+    assert score.record()["val_loss"] == pytest.approx(average["val_loss"])
+
+
+def test_terms_of_multi_token_prediction_are_named_in_the_metrics_and_outside_the_loss(text):
+    assert run_training("--out", "run", "--data", text, *FEATURES, *AHEAD, "--dtype", "float32") == 0
+    assert run_training("--out", "none", "--data", text, *FEATURES, "--dtype", "float32") == 0
+    records, none = (read_metrics(Path(name, "metrics.jsonl")) for name in ("run", "none"))
+    assert all({"mtp_1_loss", "mtp_2_loss"} <= record.keys() for record in records)
+    assert not any(name.startswith("mtp") for name in none[0])
+    assert records[0]["loss"] == pytest.approx(5.56, abs=0.1)  # log 264, and no part of it twice
 
 
 def test_a_run_does_not_continue_on_a_changed_text(text, capsys):

@@ -3,13 +3,17 @@
 import json
 import re
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from conftest import run_training
 
-from moe.config import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, from_dict, presets, to_dict
+from moe.config import ConfigError, DataConfig, ModelConfig, OptimConfig, RopeScaling, RunConfig, from_dict, to_dict
 from moe.device import resolve, resolve_device
+from moe.presets import presets
+
+GROUPED = {"attention": "grouped"}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def test_the_default_model_is_deepseek_v3_balanced_by_both_its_means():
@@ -23,9 +27,10 @@ def test_the_default_model_is_deepseek_v3_balanced_by_both_its_means():
 def test_fields_carry_the_names_of_transformers_deepseek_v3_config():
     from transformers import DeepseekV3Config
 
-    theirs = DeepseekV3Config().to_dict().keys() | {"rope_theta", "aux_loss_alpha", "scoring_func"}
+    theirs = DeepseekV3Config().to_dict().keys() | {"rope_theta", "rope_scaling", "aux_loss_alpha", "scoring_func"}
     ours = {item.name for item in fields(ModelConfig)}
     own = {"hidden_dropout", "bias_update_speed", "balance_loss", "router_z_loss", "expert_backend"}
+    own |= {"attention", "attention_output_bias", "qk_norm"}  # classes of their own in transformers, not fields
     assert ours - own <= theirs
 
 
@@ -37,6 +42,23 @@ def test_fields_carry_the_names_of_transformers_deepseek_v3_config():
         (ModelConfig, {"n_group": 4, "topk_group": 5}, "topk_group = 5"),
         (ModelConfig, {"n_group": 16, "topk_group": 1}, "num_experts_per_tok = 2"),
         (ModelConfig, {"qk_rope_head_dim": 5}, "even"),
+        (ModelConfig, GROUPED | {"head_dim": 5}, "head_dim = 5 must be even"),
+        (ModelConfig, GROUPED | {"head_dim": 0}, "head_dim = 0"),
+        (ModelConfig, GROUPED | {"hidden_size": 12}, "head_dim = 3 must be even"),
+        (ModelConfig, GROUPED | {"num_key_value_heads": 3}, "num_key_value_heads = 3 must divide"),
+        (ModelConfig, GROUPED | {"num_key_value_heads": 0}, "num_key_value_heads = 0"),
+        (ModelConfig, GROUPED | {"hidden_size": 130}, "or give a head_dim"),
+        (ModelConfig, {"num_key_value_heads": 2}, 'choose attention = "grouped"'),
+        (ModelConfig, {"head_dim": 32}, 'choose attention = "grouped"'),
+        (ModelConfig, {"qk_norm": "head"}, 'choose attention = "grouped"'),
+        (ModelConfig, {"rope_theta": 1.0, "rope_scaling": RopeScaling("yarn", 2.0, 64)}, "rope_theta = 1.0"),
+        (RopeScaling, {"factor": 4.0}, "rope_scaling.rope_type: yarn or llama3"),
+        (RopeScaling, YARN | {"factor": 0.5}, "factor = 0.5 must be at least 1"),
+        (RopeScaling, YARN | {"original_max_position_embeddings": 0}, "the context before scaling"),
+        (RopeScaling, YARN | {"beta_slow": 40.0}, "beta_slow = 40.0"),
+        (RopeScaling, YARN | {"attention_factor": 0.0}, "attention_factor = 0.0"),
+        (RopeScaling, YARN | {"mscale": -1.0}, "mscale = -1.0"),
+        (RopeScaling, YARN | {"rope_type": "llama3", "low_freq_factor": 4.0}, "high_freq_factor = 4.0"),
         (ModelConfig, {"hidden_size": 0}, "hidden_size = 0"),
         (ModelConfig, {"q_lora_rank": 0}, "q_lora_rank"),
         (ModelConfig, {"hidden_dropout": 1.0}, "hidden_dropout"),
@@ -54,7 +76,7 @@ def test_what_cannot_work_is_refused_by_name(kind, change, says):
 
 
 def test_a_window_longer_than_the_context_is_refused(capsys):
-    assert run_training("--train.sequence-length", "65") == 2
+    assert run_training("--train.sequence-length", "128") == 2
     assert "max_position_embeddings = 64" in capsys.readouterr().err
 
 
@@ -62,6 +84,15 @@ def test_a_window_longer_than_the_context_is_refused(capsys):
 def test_every_preset_survives_json(name):
     config = presets()[name]
     assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_scaled_context_survives_json_and_is_refused_by_name():
+    config = replace(presets()["tiny"], model=ModelConfig(rope_scaling=RopeScaling(**YARN)))
+    stored = json.loads(json.dumps(to_dict(config)))
+    assert from_dict(RunConfig, stored) == config
+    stored["model"]["rope_scaling"]["rope_type"] = "linear"
+    with pytest.raises(ConfigError, match=r"config\.model\.rope_scaling\.rope_type = 'linear' must be one of default"):
+        from_dict(RunConfig, stored)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +115,7 @@ def test_stored_values_of_the_wrong_name_or_type_are_refused(change, says):
 def test_every_decision_about_the_machine_comes_with_a_reason():
     runtime, reasons = resolve(presets()["debug"])
     assert runtime.device == resolve_device("auto")[0]
-    assert {"device", "dtype", "compile", "experts", "threads"} == reasons.keys()
+    assert {"device", "dtype", "compile", "experts", "batch", "threads"} == reasons.keys()
     assert all(": " in reason for reason in reasons.values())
 
 

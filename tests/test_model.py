@@ -4,40 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build
+from conftest import CPU, build, transformers_twin
 
-from moe.config import ConfigError, ModelConfig, presets
-from moe.device import Runtime
+from moe.config import ConfigError, ModelConfig, RopeScaling
+from moe.cost import count
 from moe.experts import MLP
-from moe.model import IGNORE, Transformer, count
+from moe.model import IGNORE, Transformer
 from moe.optim import Optimizers
+from moe.presets import presets
 from train import accumulate
-
-CPU = Runtime("cpu", "float32", False, "auto", 1)
-
-
-def transformers_twin(model: Transformer):
-    """The same weights in transformers' DeepseekV3ForCausalLM."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    config, names = model.config, DeepseekV3Config().to_dict().keys()
-    shared = {name: value for name, value in vars(config).items() if name in names}
-    theirs = DeepseekV3Config(**shared, num_key_value_heads=config.num_attention_heads, attn_implementation="eager")
-    theirs.rope_parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
-    twin = DeepseekV3ForCausalLM(theirs).eval()
-    ours = {
-        (name if name.startswith("lm_head") else f"model.{name}")
-        .replace("router.weight", "gate.weight")
-        .replace("router.expert_bias", "gate.e_score_correction_bias"): tensor
-        for name, tensor in model.state_dict().items()
-    }
-    for name in [name for name in ours if name.endswith("gate_up_proj.weight")]:  # a dense layer's, there two matrices
-        for part, tensor in zip(("gate_proj", "up_proj"), ours.pop(name).chunk(2), strict=True):
-            ours[name.replace("gate_up_proj", part)] = tensor
-    for name in [name for name in ours if name.endswith("mlp.gate_up_proj") or name.endswith("mlp.down_proj")]:
-        ours[name.replace("mlp.", "mlp.experts.")] = ours.pop(name)
-    twin.load_state_dict(ours, strict=True)
-    return twin
 
 
 @pytest.mark.parametrize(
@@ -55,6 +30,46 @@ def test_logits_are_those_of_transformers_deepseek_v3(changes):
     tokens = torch.randint(64, (2, 20))
     wanted = transformers_twin(model)(tokens).logits
     assert (model(tokens) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+BIASES = {"attention_bias": True, "attention_output_bias": True}
+GROUPED = {"attention": "grouped", "num_attention_heads": 4, "num_key_value_heads": 2, "rope_interleave": False}
+DENSE = GROUPED | {"first_k_dense_replace": 3, "rms_norm_eps": 1e-3}  # a large eps tells whose it is
+SOFTMAX = {"scoring_func": "softmax", "bias_update_speed": 0.0, "n_shared_experts": 0, "first_k_dense_replace": 0}
+MIXED = GROUPED | SOFTMAX | {"rms_norm_eps": 1e-3}
+V2 = SOFTMAX | {"norm_topk_prob": False, "n_shared_experts": 2, "first_k_dense_replace": 1, "q_lora_rank": 10}
+YARN = RopeScaling("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0)
+DEEPSEEK_YARN = replace(YARN, mscale=0.7, mscale_all_dim=1.3)
+LLAMA3 = RopeScaling("llama3", factor=8.0, original_max_position_embeddings=16, high_freq_factor=2.0)
+# Our configuration, and what transformers' one has other names for
+FAMILIES = {
+    "DeepseekV3": (BIASES | {"rope_scaling": DEEPSEEK_YARN, "q_lora_rank": 10, "rms_norm_eps": 1e-3}, {}),
+    "DeepseekV3, no mscale": (BIASES | {"rope_scaling": YARN}, {}),
+    "DeepseekV3, half-split": ({"rope_interleave": False, "rope_scaling": replace(YARN, attention_factor=0.8)}, {}),
+    "DeepseekV2": (V2 | {"rope_scaling": DEEPSEEK_YARN}, {}),
+    "Llama": (DENSE | BIASES | {"rope_scaling": LLAMA3}, {}),
+    "Qwen2": (DENSE | {"attention_bias": True, "rope_theta": 1e6, "tie_word_embeddings": True}, {}),
+    "Qwen3": (DENSE | {"qk_norm": "head", "num_key_value_heads": 1, "rope_scaling": YARN}, {}),
+    "Qwen3Moe": (
+        MIXED | BIASES | {"qk_norm": "head", "head_dim": 12, "first_k_dense_replace": 1},
+        {"num_experts": 8, "mlp_only_layers": [0]},
+    ),
+    "Olmoe": (
+        MIXED | {"qk_norm": "projection", "norm_topk_prob": False},
+        {"num_experts": 8, "intermediate_size": 16, "eos_token_id": None},
+    ),
+    "Mixtral": (MIXED | {"rope_theta": 1e6}, {"num_local_experts": 8, "intermediate_size": 16}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_are_those_of_the_other_families_in_transformers(family):
+    changes, fields = FAMILIES[family]
+    model = build(**changes)
+    tokens = torch.randint(64, (2, 32))
+    wanted = transformers_twin(model, family.split(",")[0], **fields)(tokens).logits
+    assert (model(tokens) - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_logits_are_float32_of_the_promised_shape():
@@ -150,6 +165,22 @@ def test_parameter_counts_worked_by_hand(small):
     assert size.total == total == sum(weight.numel() for weight in Transformer(small).parameters())
     assert size.active == total - 2 * 6 * expert - 64 * 32
     assert size.attention_flops == 3 * 2 * 2 * (12 + 8) * 16  # layers, 2 FLOP, heads, widths, mean window
+
+
+def test_grouped_attention_counted_by_hand(small):
+    config = replace(small, attention="grouped", num_attention_heads=4, num_key_value_heads=2, qk_norm="head")
+    biased = replace(config, attention_bias=True, attention_output_bias=True, head_dim=10)
+    for each, width, biases in ((config, 8, 0), (biased, 10, 10 * (4 + 2 + 2) + 32)):
+        attention = 32 * width * (4 + 2 + 2 + 4) + 2 * width + biases
+        size = count(each, sequence_length=31)
+        assert sum(weight.numel() for weight in Transformer(each).layers[0].self_attn.parameters()) == attention
+        assert size.total == sum(weight.numel() for weight in Transformer(each).parameters())
+        assert size.attention_flops == 3 * 2 * 4 * 2 * width * 16  # layers, 2 FLOP, heads, widths, mean window
+
+
+def test_biases_start_at_zero(small):
+    model = Transformer(replace(small, attention="grouped", **BIASES))
+    assert not any(weight.any() for name, weight in model.named_parameters() if name.endswith(".bias"))
 
 
 def test_the_dense_twin_has_the_same_active_parameters_but_for_the_router():

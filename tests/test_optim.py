@@ -8,7 +8,7 @@ from conftest import build
 
 from moe.config import OptimConfig
 from moe.model import Transformer
-from moe.optim import Muon, Optimizers, lr_share, orthogonalize, sort_parameters
+from moe.optim import Average, Muon, Optimizers, lr_share, orthogonalize, sort_parameters
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 24, 8), (2, 8, 24)])
@@ -95,3 +95,39 @@ def test_the_schedule_warms_up_stays_and_decays():
 def test_the_cosine_falls_from_one_to_the_floor():
     config = OptimConfig(schedule="cosine", warmup=0.0, final_lr=0.1)
     assert [lr_share(at, config) for at in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.55, 0.1])
+
+
+def test_the_average_is_the_weighted_mean_of_all_weights_there_were_and_soon_forgets_the_first():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    average, wanted = Average(layer, 0.5), layer.weight.item()
+    for step, value in enumerate([1.0, 2.0, 5.0, -3.0, 0.5, 7.0, 1.0, 4.0, 4.0, 4.0, 4.0], 1):
+        torch.nn.init.constant_(layer.weight, value)
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        wanted = decay * wanted + (1 - decay) * value
+        with average.applied():
+            assert layer.weight.item() == pytest.approx(wanted)
+        assert layer.weight.item() == value
+
+
+def test_an_applied_average_is_the_whole_model_and_leaves_training_as_it_was(small):
+    model = build()
+    average, before = Average(model, 0.9), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for tensor in model.state_dict().values():
+        tensor.add_(1)
+    average.update(100)
+    with average.applied():
+        for name, tensor in model.state_dict().items():  # expert biases too: they belong to the router's weights
+            torch.testing.assert_close(tensor, before[name] + 0.1)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name] + 1)
+
+
+def test_without_a_decay_nothing_is_averaged_or_kept():
+    model = build()
+    average = Average(model, 0.0)
+    before = model.embed_tokens.weight.clone()
+    average.update(1)
+    with average.applied():
+        assert torch.equal(model.embed_tokens.weight, before)
+    assert list(average.state()) == []

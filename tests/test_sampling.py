@@ -23,6 +23,15 @@ def test_cached_and_uncached_write_the_same_200_tokens_beyond_the_context_too(pr
     assert capsys.readouterr().err.count("longer than the context") == 2  # once for each call
 
 
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_grouped_attention_writes_the_same_cached_and_uncached(interleaved):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "qk_norm": "head"}
+    model = build(attention="grouped", rope_interleave=interleaved, **heads).eval()
+    tokens = torch.randint(64, (2, 10))
+    cached, uncached = (moe.generate(model, tokens, 60, temperature=0.0, use_cache=use) for use in (True, False))
+    assert cached.equal(uncached)
+
+
 def test_greedy_decoding_is_the_argmax_of_the_plain_forward():
     model = build().eval()
     out = moe.generate(model, torch.tensor([[1, 2, 3]]), 20, temperature=0.0)

@@ -24,7 +24,7 @@ from torch import Tensor
 from moe.checkpoint import Run
 from moe.config import MoeError
 from moe.data import IGNORE, TokenStream, separate_windows
-from moe.model import Transformer
+from moe.model import LOGITS, Transformer
 
 Windows = Literal["overlapping", "separate"]
 BATCH_TOKENS = 8192
@@ -94,13 +94,26 @@ def check_length(stream: TokenStream, length: int) -> None:
 
 
 def evaluate(
-    model: Transformer, stream: TokenStream, length: int, autocast: Callable[[], Any]
+    model: Transformer, stream: TokenStream, length: int, autocast: Callable[[], Any], limit: int = 0
 ) -> tuple[Score, Tensor | None]:
-    """A full pass over a split in separate windows: its price, and the load of the experts (L, E) over all of it."""
-    batches = separate_windows(stream.read, len(stream), length, max(1, BATCH_TOKENS // length))
+    """A full pass over a split, or its first `limit` tokens, in separate windows: its price, and the load of the
+    experts (L, E) over all of it."""
+    total = min(limit or len(stream), len(stream))
+    batches = separate_windows(
+        lambda start, count: stream.read(start, min(count, total - start)), total, length, batch_size(model, length)
+    )
     prices, load = price(model, batches, autocast)
-    corpus = stream.corpus
-    return Score(float(prices.sum()), corpus.characters(stream.split), corpus.bytes(stream.split), len(prices)), load
+    corpus, split = stream.corpus, stream.split
+    if total == len(stream):
+        return Score(float(prices.sum()), corpus.characters(split), corpus.bytes(split), len(prices)), load
+    data = corpus.tokenizer.decode_bytes(stream.read(0, total).tolist())
+    characters = sum(byte & 0xC0 != 0x80 for byte in data)  # all but the continuation bytes of UTF-8
+    return Score(float(prices.sum()), characters, len(data), len(prices)), load
+
+
+def batch_size(model: Transformer, length: int) -> int:
+    """Windows at a time: as many as a CPU likes, while their logits stay small."""
+    return max(1, min(BATCH_TOKENS, LOGITS // model.config.vocab_size) // length)
 
 
 def overlapping_windows(ids: np.ndarray, length: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -124,11 +137,11 @@ def prices_of(run: Run, data: bytes, windows: Windows = "overlapping") -> np.nda
     ids = np.concatenate([[run.tokenizer.end_of_text], run.tokenizer.encode_bytes(data)]).astype(np.int64)
     separate = windows == "separate"
     length = run.config.train.sequence_length if separate else run.model.config.max_position_embeddings
-    batch_size = max(1, BATCH_TOKENS // length)
+    rows = batch_size(run.model, length)
     batches = (
-        separate_windows(lambda start, count: ids[start : start + count], len(ids), length, batch_size)
+        separate_windows(lambda start, count: ids[start : start + count], len(ids), length, rows)
         if separate
-        else overlapping_windows(ids, length, batch_size)
+        else overlapping_windows(ids, length, rows)
     )
     return price(run.model, batches, lambda: torch.autocast("cpu", enabled=False))[0]
 

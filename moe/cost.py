@@ -1,0 +1,80 @@
+"""What a model costs: parameters, operations, memory. Counted on a model without memory, so any size is free.
+
+Notation: D model width, H heads, E routed experts, K experts per token, F expert width, V vocabulary.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moe.config import ModelConfig
+from moe.experts import MoE
+from moe.model import LOGITS, Transformer
+
+MACHINE = 8 << 30  # bytes of memory where the system does not say
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is, multi-token prediction apart, as DeepSeek counts. Active is what a token's forward pass
+    multiplies with; the input embedding, a table look-up, is not."""
+
+    total: int
+    active: int
+    mtp_total: int
+    mtp_active: int  # shared head included, once for each depth
+    attention_flops: int  # per token, forward, of scores and weighted values over the mean causal window
+
+    @property
+    def training_flops(self) -> int:
+        """Per token: 2 per parameter forward, twice that backward."""
+        return 3 * (2 * (self.active + self.mtp_active) + self.attention_flops)
+
+    @property
+    def training_bytes(self) -> int:
+        """Of weights, gradients and momentum in float32, and the weights once more for bfloat16 products. The second
+        moments that AdamW keeps of embedding and head are left out."""
+        return 14 * (self.total + self.mtp_total)
+
+
+def count(config: ModelConfig, sequence_length: int | None = None) -> Size:
+    with torch.device("meta"):
+        model = Transformer(config)
+    idle = 1 - config.num_experts_per_tok / config.n_routed_experts
+
+    def unused(part: nn.Module) -> int:
+        layers = [layer for layer in part.modules() if isinstance(layer, MoE)]
+        return sum(round(idle * (layer.gate_up_proj.numel() + layer.down_proj.numel())) for layer in layers)
+
+    mtp = sum(weight.numel() for weight in model.mtp.parameters())
+    total = sum(weight.numel() for weight in model.parameters()) - mtp
+    embedding = 0 if config.tie_word_embeddings else model.embed_tokens.weight.numel()
+    mtp_active = mtp - unused(model.mtp) + len(model.mtp) * model.lm_head.weight.numel()
+    heads, window = config.num_attention_heads, sequence_length or config.max_position_embeddings
+    per_pair = 2 * heads * (config.query_head_dim + config.value_head_dim)
+    attention = len(model.blocks()) * per_pair * (window + 1) // 2
+    return Size(total, total - unused(model.layers) - embedding, mtp, mtp_active, attention)
+
+
+def activation_bytes(config: ModelConfig, tokens: int, recomputed: bool = False) -> int:
+    """What the backward pass needs of so many tokens at a time, estimated: weights found by counting the tensors that
+    autograd keeps in bfloat16 training; float32 takes a third more. recomputed: with activation checkpointing."""
+    width, layers = config.hidden_size, config.num_hidden_layers + config.num_nextn_predict_layers
+    heads, experts = config.num_attention_heads, config.num_experts_per_tok if config.num_moe_layers else 0
+    attention = heads * 2 * (config.query_head_dim + config.value_head_dim)
+    ffn = max(config.intermediate_size, (experts + config.n_shared_experts) * config.moe_intermediate_size)
+    layer = 26 * width + 5 * attention + 8 * ffn + 4 * experts * width
+    kept = layer + 4 * layers * width if recomputed else layer * layers
+    return tokens * kept + 10 * min(tokens * config.vocab_size, LOGITS)
+
+
+def machine_bytes(device: str) -> int:
+    """The memory there is: the GPU's, or the machine's."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return MACHINE
