@@ -128,26 +128,22 @@ class Display:
         """A long job before training: its stage, so far, of how much (0: unknown, then so far is in bytes). Plain lines
         appear every 5 seconds only."""
         if stage != self.stage:
-            self.start(stage)
+            self.start(stage, total or None)
             self.stage, self.spoke = stage, time.monotonic()
+        line = f"{100 * done // total:>3} %" if total else f"{done / 1e6:,.0f} MB"
         if self.bar is not None and self.task is not None:
-            line = "" if total else f"{done / 1e6:,.0f} MB"
-            self.bar.update(self.task, total=total or None, completed=done, line=line)
+            self.bar.update(self.task, completed=done, line=line)
         elif time.monotonic() - self.spoke > 5:
             self.spoke = time.monotonic()
-            self.say(f"{stage}: {100 * done // total} %" if total else f"{stage}: {done / 1e6:,.0f} MB")
+            self.say(f"{stage}: {line.strip()}")
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, total: float | None = 1.0) -> None:
         self.close()
         if self.live:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.percentage:>3.0f} %  {task.fields[line]}"),
-            )
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"))
             self.bar = Progress(*columns, console=self.console)
             self.bar.start()
-            self.task = self.bar.add_task(name, total=1.0, line="")
+            self.task = self.bar.add_task(name, total=total, line="")
 
     def step(self, record: Record, progress: float, tokens_per_second: float, seconds_left: float) -> None:
         if "val_loss" in record:
@@ -158,7 +154,7 @@ class Display:
             line += f"  dead {record['dead_experts']}"
         line += f"  {tokens_per_second:,.0f} tok/s  ETA {clock(seconds_left)}"
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=progress, line=line)
+            self.bar.update(self.task, completed=progress, line=f"{100 * progress:>3.0f} %  {line}")
         elif record["step"] % self.log_interval == 0 or "val_loss" in record:
             self.say(f"step {record['step']:>5} {100 * progress:3.0f} %  {line}")
 

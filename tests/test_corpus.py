@@ -24,6 +24,7 @@ from moe import corpus, sources, streams
 from moe.config import DataConfig, MoeError
 from moe.corpus import prepare
 from moe.data import Batches, Cursor, TokenStream, separate_windows
+from moe.metrics import Display
 from moe.shards import HEADER, CorpusError, open_corpus, read_header
 from moe.sources import Files, SourceError, Unreachable
 from moe.streams import DATA_SETS, DataSet
@@ -555,6 +556,36 @@ def test_a_download_that_is_not_the_text_is_refused_and_removed(tmp_path, zipped
         prepare(DataConfig("small", **BYTES))
     assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "out/data/downloads").iterdir() if path.suffix != ".lock"] == []
+
+
+# -- progress ----------------------------------------------------------------------------------------------------------
+
+
+def test_progress_counts_to_a_total_where_there_is_one(tmp_path, in_small_pieces):
+    told = []
+    source = write(tmp_path / "a.txt", TEXT.read_bytes()[:20_000])
+    prepare(DataConfig(str(source), vocab_size=300), tmp_path / "out", advance=lambda *given: told.append(given))
+    assert list(dict.fromkeys(stage for stage, _, _ in told)) == ["reading", "learning the tokenizer", "encoding"]
+    for stage, total in (("reading", 20_000), ("learning the tokenizer", 18_000), ("encoding", 20_000)):
+        counted = [done for name, done, _ in told if name == stage]
+        assert counted == sorted(counted)
+        assert (counted[-1], {limit for name, _, limit in told if name == stage}) == (total, {total})
+    told.clear()
+    stream = str(parquet_folder(tmp_path / "data", validation=True))
+    prepared = prepare(DataConfig(stream, **BYTES), tmp_path / "streamed", advance=lambda *given: told.append(given))
+    assert told[-1] == ("encoding", prepared.bytes("train") + prepared.bytes("val"), 0)  # 0: nobody knows
+
+
+def test_the_display_counts_megabytes_where_no_total_is_known(capsys, monkeypatch):
+    display, seconds = Display(plain=True), iter(range(0, 90, 3))
+    monkeypatch.setattr("moe.metrics.time.monotonic", lambda: next(seconds))
+    for done in range(0, 60_000_000, 10_000_000):
+        display.advance("encoding", done, 0)
+    for done in range(0, 60, 10):
+        display.advance("reading", done, 50)
+    said = capsys.readouterr().out.split("\n")
+    assert said[-2] == "reading: 100 %"
+    assert said[:2] == ["encoding: 10 MB", "encoding: 30 MB"]
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -115,6 +115,17 @@ def test_preparing_and_training_on_a_text_of_ones_own(tmp_path):
     assert said(run("sample.py", "--max-new-tokens", "5", cwd=tmp_path))
 
 
+def test_preparing_json_lines_tells_of_every_split(tmp_path):
+    lines = [json.dumps({"story": part}) for part in TEXT.read_text()[:60_000].split("\n\n")]
+    (tmp_path / "stories.jsonl").write_text("\n".join(lines))
+    settings = ("--out", "ready", "--field", "story", "--test-fraction", "0.2", "--tokenizer", "bytes")
+    output = said(run("data/prepare.py", "stories.jsonl", *settings, "--max-bytes", "40000", cwd=tmp_path))
+    sizes = {line.split()[0]: int(line.split()[3].replace(",", "")) for line in output.splitlines()[:3]}
+    assert sizes.keys() == {"train", "val", "test"}
+    assert sizes["val"] < sizes["test"] < sizes["train"] < 40_000
+    assert "python train.py --data ready" in output
+
+
 def test_training_goes_on_from_another_runs_weights_and_tokenizer(trained):
     folder, _ = trained
     (folder / "other.txt").write_text("A quite different text, of no great length. " * 200)
@@ -165,12 +176,15 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_goes_on(tmp_path):
         (("-m", "moe.lab", "score", "nowhere", "short.txt"), "no run"),
         (("data/prepare.py", "binary.txt", "--out", "x"), "--errors replace"),
         (("data/prepare.py", "short.txt", "--val-fraction", "2"), "val_fraction"),
+        (("data/prepare.py", "short.txt", "--test-fraction", "0.95"), "leave nothing to train on"),
+        (("data/prepare.py", "lines.jsonl", "--field", "body"), "lines.jsonl, line 2: there is no field 'body'"),
     ],
 )
 def test_bad_input_gets_one_clear_line(tmp_path, arguments, says):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "binary.txt").write_bytes(b"abc\xfe")
     (tmp_path / "short.txt").write_text("To be, or not to be.")
+    (tmp_path / "lines.jsonl").write_text('{"body": "To be"}\n{"text": "or not"}\n')
     assert says in complaint(run(*arguments, cwd=tmp_path))
     assert not list(tmp_path.rglob("*.partial*"))
 
