@@ -91,7 +91,7 @@ def build(
     folder: Path, plan: dict[str, Any], source: Source, choose_tokenizer: Callable[[], Tokenizer], advance: Advance
 ) -> None:
     """Fill a folder, from where an earlier attempt at the same plan was stopped. A text that turns out to be no good
-    leaves nothing."""
+    leaves nothing; one that is out of reach for now leaves its shards."""
     folder.mkdir(parents=True, exist_ok=True)
     clear(folder, unless=plan)
     write_whole(folder / "plan.json", json.dumps(plan, indent=1).encode())
@@ -106,10 +106,9 @@ def build(
             raise CorpusError("no text is left to train on: give more of it, or a smaller val-fraction")
         facts = {"format": FORMAT, "source": source.identity, "shards": names}
         write_whole(folder / "corpus.json", json.dumps(facts, indent=1).encode())
-    except Unreachable:
-        raise
-    except MoeError:
-        shutil.rmtree(folder, ignore_errors=True)
+    except MoeError as error:
+        if not isinstance(error, Unreachable) or not finished_shards(folder):
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 

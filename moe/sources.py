@@ -33,8 +33,8 @@ Advance = Callable[[str, int, int], None]  # stage, done, total (0: unknown), in
 Position = dict[str, Any]  # where in a source to go on: "units" and "bytes" behind us, and what else the source needs
 START: Position = {"units": 0, "bytes": 0}
 
-# Behind a letter or digit and before white space or punctuation every pattern has a boundary, whatever stands further
-# left or right. Not before apostrophes ("don't" may be one token) and underscores.
+# Between a letter or digit and white space or punctuation the patterns of tokenizers have a boundary, whatever stands
+# further left or right. Not before apostrophes ("don't" may be one token) and underscores.
 EDGE = regex.compile(r"(?<=[\p{L}\p{N}])(?=[\s\p{P}])(?!['’_])")
 
 

@@ -13,12 +13,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from filelock import FileLock
 
 from moe.config import DataConfig
+from moe.files import sync
 from moe.sources import (
     BLOCK,
     START,
@@ -76,11 +78,10 @@ def open_source(config: DataConfig, advance: Advance) -> Source:
         path = download(config.source, known, advance)
     elif not path.exists():
         raise SourceError(f"{path}: no such file or folder; the data sets known by name are: {', '.join(DATA_SETS)}")
-    if any(file.suffix == ".parquet" for file in find_files(path)):
-        sizes = [(file, file.stat().st_size) for file in find_files(path)]
-        return Stream(
-            str(path.resolve()), None, config, sum(size for _, size in sizes), fingerprint(path, sizes, advance)
-        )
+    files = [(file, file.stat().st_size) for file in find_files(path)]
+    if any(file.suffix == ".parquet" for file, _ in files):
+        size, sha256 = sum(size for _, size in files), fingerprint(path, files, advance)
+        return Stream(str(path.resolve()), None, config, size, sha256)
     return Files(path, config, advance)
 
 
@@ -91,28 +92,39 @@ def download(name: str, known: DataSet, advance: Advance) -> Path:
     try:
         DOWNLOADS.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{name}.lock")):
-            if path.exists():
-                return path
-            with urllib.request.urlopen(known.home, timeout=60) as answer, open(packed, "wb") as file:
-                total = int(answer.headers.get("Content-Length") or 0)
-                while block := answer.read(BLOCK):
-                    file.write(block)
-                    advance("downloading", file.tell(), total)
-            sha256 = hashlib.sha256()
-            with zipfile.ZipFile(packed) as archive, archive.open(name) as text, open(passing, "wb") as file:
-                while block := text.read(BLOCK):
-                    file.write(block)
-                    sha256.update(block)
-            if sha256.hexdigest() != known.sha256:
-                raise SourceError(f"{known.home} is not {name}, its sha256 differs: pass a local file with --data PATH")
-            passing.rename(path)
-    except (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            if not path.exists():
+                try:
+                    fetch(known.home, packed, advance)
+                    if unpack(packed, name, passing) != known.sha256:
+                        message = f"{known.home} is not {name}, its sha256 differs: pass a local file with --data PATH"
+                        raise SourceError(message)
+                    sync(passing)
+                    passing.rename(path)
+                finally:
+                    packed.unlink(missing_ok=True)
+                    passing.unlink(missing_ok=True)
+    except (OSError, HTTPException, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         message = f"{known.home} could not be downloaded ({error}): pass a local file of {name} with --data PATH"
         raise Unreachable(message) from None
-    finally:
-        packed.unlink(missing_ok=True)
-        passing.unlink(missing_ok=True)
     return path
+
+
+def fetch(address: str, path: Path, advance: Advance) -> None:
+    with urllib.request.urlopen(address, timeout=60) as answer, open(path, "wb") as file:
+        total = int(answer.headers.get("Content-Length") or 0)
+        while block := answer.read(BLOCK):
+            file.write(block)
+            advance("downloading", file.tell(), total)
+
+
+def unpack(packed: Path, name: str, path: Path) -> str:
+    """One file of an archive, block by block; its sha256."""
+    sha256 = hashlib.sha256()
+    with zipfile.ZipFile(packed) as archive, archive.open(name) as text, open(path, "wb") as file:
+        while block := text.read(BLOCK):
+            file.write(block)
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 class Stream:
@@ -165,17 +177,18 @@ class Stream:
         """Split, published split that it comes from, and how many bytes of it (0: all), in order."""
         if "train" not in published:
             raise SourceError(f"{self.home}: has no split named train; its splits are {', '.join(published)}")
-        most = self.config.max_bytes
-        size = most or self.packed  # which is less than the text
+        most, size = self.config.max_bytes, self.config.max_bytes or self.packed  # packed: less than the text
         shares = {"val": self.config.val_fraction, "test": self.config.test_fraction}
         before, after = [], []
         for split, share in shares.items():
             name = next((name for name in PUBLISHED_AS[split] if name in published), None)
+            limit = max(int(share * size), 1)
             if name and (share or not most):
-                after.append((split, name, int(share * most)))
+                after.append((split, name, limit if most else 0))
             elif share:
-                before.append((split, "train", min(max(int(share * size), 1), HELD_OUT) if size else HELD_OUT))
-        return [*before, ("train", "train", int(most * (1 - sum(shares.values())))), *after]
+                before.append((split, "train", min(limit, HELD_OUT) if size else HELD_OUT))
+        train = max(int(most * (1 - sum(shares.values()))), 1) if most else 0
+        return [*before, ("train", "train", train), *after]
 
     def _gather(self, documents: Iterator[dict[str, Any]], enough: int) -> tuple[list[str], int]:
         """Whole documents until there are enough bytes."""
