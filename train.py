@@ -256,7 +256,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     if resuming and setup != identity:
         raise CheckpointError(f"{config.data.source} is not the text that {folder.path} began with: give that one back")
     config = fit_vocabulary(config, corpus.tokenizer.vocab_size)
-    training, validation = TokenStream(corpus, "train"), TokenStream(corpus, "val")
+    training, validation, test = (TokenStream(corpus, split) for split in ("train", "val", "test"))
     check_length(validation, config.train.sequence_length)
     characters_per_token = corpus.characters("train") / corpus.tokens("train")
 
@@ -326,6 +326,8 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
             with average.applied():
                 limit = 0 if done else config.train.eval_tokens
                 score, val_load = evaluate(model, validation, window, runtime.autocast, limit)
+                if done and len(test):
+                    record |= evaluate(model, test, window, runtime.autocast)[0].record("test")
             record |= score.record() | {f"val_{name}": value for name, value in load_record(val_load).items()}
         log.write(record)
         wandb.log(record)
@@ -355,10 +357,11 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         again = f"python train.py --out {folder.path} --resume auto"
         return display.say(f"\nstopped and saved after step {state.step:,}; go on with: {again}")
     display.say(f"\ntrained  {state.step:,} steps in {clock(state.seconds)}; checkpoint {checkpoint}")
-    display.say(
-        f"result   {record['val_nats_per_character']:.4f} nats per character, {record['val_bits_per_byte']:.4f} bits "
-        f"per byte, {record['val_loss']:.4f} nats per token on the whole validation split"
-    )
+    for label, split, name in (("result", "val", "validation"), ("test", "test", "test")):
+        if f"{split}_loss" in record:
+            figures = [record[f"{split}_{figure}"] for figure in ("nats_per_character", "bits_per_byte", "loss")]
+            prices = "{:.4f} nats per character, {:.4f} bits per byte, {:.4f} nats per token".format(*figures)
+            display.say(f"{label:8} {prices} on the whole {name} split")
     if val_load is not None:
         balance = f"MaxVio {record['val_max_vio']:.2f} in the worst layer, {record['val_dead_experts']} dead experts"
         display.say(f"balance  over the validation split: {balance}")
@@ -366,10 +369,10 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     for layer in model.moe_layers():
         layer.backend = config.model.expert_backend  # a token at a time is not what training chose for
     run = Run(model.eval(), corpus.tokenizer, config, checkpoint)
-    display.say(f"sample\n{moe.generate_text(run, max_new_tokens=200, seed=config.seed).strip()}\n")
-    display.say(
-        f'next     python sample.py {folder.path} --prompt "ROMEO:"\n         python train.py --data YOUR-TEXT.txt'
-    )
+    with average.applied():
+        text = moe.generate_text(run, max_new_tokens=200, seed=config.seed)
+    display.say(f"sample\n{text.strip()}\n")
+    display.say(f"next     python sample.py {folder.path} --prompt TEXT\n         python train.py --data YOUR-TEXT.txt")
 
 
 def every(interval: int, step: int) -> bool:

@@ -22,6 +22,8 @@ from moe.model import Losses, Transformer
 LossFunction = Callable[..., Losses]
 CPU_SHARE = 0.25  # of the memory, for activations: a laptop has other things to do
 GPU_SHARE = 0.92
+CPU_FLOPS = 4e10  # a second that a thread gets out of small matrices
+COMPILE_MINUTES = 30
 
 
 class DeviceError(MoeError):
@@ -50,7 +52,7 @@ def resolve(config: RunConfig) -> tuple[Runtime, dict[str, str]]:
     """The decisions, and why. Raises DeviceError for what was asked for and cannot be had."""
     device, why_device = resolve_device(config.device)
     dtype, why_dtype = resolve_dtype(config.dtype, device)
-    compiled, why_compile = resolve_compile(config.compile, device)
+    compiled, why_compile = resolve_compile(config, device)
     micro, why_micro = resolve_micro_batch(config, device)
     tokens = micro * config.train.sequence_length
     backend, why_backend = choose_backend(config.model, device, getattr(torch, dtype), tokens)
@@ -91,11 +93,13 @@ def resolve_dtype(asked: str, device: str) -> tuple[str, str]:
     )
 
 
-def resolve_compile(asked: str, device: str) -> tuple[bool, str]:
-    if asked != "auto":
-        return asked == "on", "as asked"
+def resolve_compile(config: RunConfig, device: str) -> tuple[bool, str]:
+    if config.compile != "auto":
+        return config.compile == "on", "as asked"
+    if device == "cpu":
+        return resolve_compile_cpu(config)
     if device != "cuda":
-        return False, f"its warm-up does not pay on {device}"
+        return False, f"untested on {device}"
     try:
         import triton  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
     except ImportError:
@@ -103,6 +107,18 @@ def resolve_compile(asked: str, device: str) -> tuple[bool, str]:
     if torch.cuda.get_device_capability() < (7, 0) or not any(map(shutil.which, ("cc", "gcc", "clang"))):
         return False, "triton needs compute capability 7.0 and a C compiler"
     return True, "triton is there"
+
+
+def resolve_compile_cpu(config: RunConfig) -> tuple[bool, str]:
+    """A tenth of a step is gained, and a minute or two lost at the start (preset tiny, two cores)."""
+    flops = count(config.sized_model, config.train.sequence_length).training_flops
+    seconds = config.steps * config.train.tokens_per_step * flops / (CPU_FLOPS * torch.get_num_threads())
+    minutes = config.minutes or seconds / 60
+    if minutes < COMPILE_MINUTES:
+        return False, f"its warm-up does not pay on a CPU in less than {COMPILE_MINUTES} minutes"
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return False, "it needs a C++ compiler"
+    return True, f"some {minutes:,.0f} minutes on a CPU are worth its warm-up"
 
 
 def resolve_micro_batch(config: RunConfig, device: str) -> tuple[int, str]:

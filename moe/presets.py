@@ -65,7 +65,7 @@ def wiki() -> RunConfig:
         n_routed_experts=16,
         moe_intermediate_size=256,
     )
-    data = DataConfig(source="enwik8", vocab_size=4096, val_fraction=0.05)
+    data = DataConfig(source="enwik8", vocab_size=4096, val_fraction=0.05, test_fraction=0.05)
     train = TrainConfig(
         tokens_per_step=8192, sequence_length=512, eval_interval=500, eval_tokens=1 << 17, save_interval=200
     )

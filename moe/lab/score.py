@@ -41,14 +41,11 @@ class Score:
     bytes: int
     tokens: int
 
-    def record(self) -> dict[str, float]:
+    def record(self, split: str = "val") -> dict[str, float]:
         """Its figures as training's metrics name them."""
         figures = self.to_json()
-        return {
-            "val_loss": figures["nats_per_token"],
-            "val_nats_per_character": figures["nats_per_character"],
-            "val_bits_per_byte": figures["bits_per_byte"],
-        }
+        names = {"nats_per_token": "loss", "nats_per_character": "nats_per_character", "bits_per_byte": "bits_per_byte"}
+        return {f"{split}_{name}": figures[figure] for figure, name in names.items()}
 
     def to_json(self) -> dict[str, Any]:
         return {
