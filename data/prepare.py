@@ -17,9 +17,9 @@ import tyro
 
 from moe.config import DataConfig, MoeError
 from moe.corpus import prepare
+from moe.corpus.sources import SPLITS
+from moe.corpus.streams import DATA_SETS
 from moe.metrics import Display
-from moe.sources import SPLITS
-from moe.streams import DATA_SETS
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe.shards import HEADER, Corpus, CorpusError
+from moe.corpus import HEADER, Corpus, CorpusError
 
 IGNORE = -100  # a target that is not scored
 

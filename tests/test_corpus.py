@@ -20,14 +20,14 @@ from conftest import TEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe import corpus, sources, streams
 from moe.config import DataConfig, MoeError
-from moe.corpus import prepare
+from moe.corpus import build as corpus
+from moe.corpus import prepare, sources, streams
+from moe.corpus.shards import HEADER, CorpusError, open_corpus, read_header
+from moe.corpus.sources import Files, SourceError, Unreachable
+from moe.corpus.streams import DATA_SETS, DataSet
 from moe.data import Batches, Cursor, TokenStream, separate_windows
 from moe.metrics import Display
-from moe.shards import HEADER, CorpusError, open_corpus, read_header
-from moe.sources import Files, SourceError, Unreachable
-from moe.streams import DATA_SETS, DataSet
 from moe.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer, bytes_tokenizer, train_bpe
 
 BYTES = {"tokenizer": "bytes"}
@@ -381,7 +381,7 @@ def test_a_folder_that_only_looks_like_an_unfinished_one_is_not_touched(tmp_path
 
 def test_two_processes_that_prepare_the_same_text_make_it_once(tmp_path):
     write(tmp_path / "a.txt", TEXT.read_bytes()[:200_000])
-    code = "from moe.corpus import *; print(prepare(DataConfig('a.txt', vocab_size=2000)).folder)"
+    code = "from moe.corpus.build import *; print(prepare(DataConfig('a.txt', vocab_size=2000)).folder)"
     command = [sys.executable, "-c", code]
     both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, env=environment()) for _ in range(2)]
     folders = {process.communicate(timeout=60)[0] for process in both}
@@ -397,9 +397,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_command_goes_on_where_it_was(tmp_path, kill):
     script = Path(__file__).parent.parent / "data" / "prepare.py"
-    slowly = (
-        "import sys, runpy, time; from moe import corpus, sources; corpus.SHARD_TOKENS, sources.UNIT = 5_000, 5_000\n"
-    )
+    slowly = "import sys, runpy, time; from moe.corpus import build as corpus, sources; corpus.SHARD_TOKENS, sources.UNIT = 5_000, 5_000\n"
     slowly += "add = corpus.ShardWriter.add; corpus.ShardWriter.add = lambda *given: time.sleep(0.05) or add(*given)\n"
     slowly += f"sys.argv[0] = {str(script)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
     write(tmp_path / "a.txt", TEXT.read_bytes()[:200_000])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -197,4 +198,10 @@ def test_a_mistyped_flag_is_answered_with_the_right_one(tmp_path):
 
 def test_presets_are_listed(tmp_path):
     output = said(run("train.py", "--list-presets", cwd=tmp_path))
-    assert [line.split()[0] for line in output.splitlines()] == ["tiny", "dense", "debug"]
+    names = [line.split()[0] for line in output.splitlines() if not line.startswith(" ")]
+    assert names == ["tiny", "dense", "debug", "wiki", "small", "v2-lite", "v3"]
+    about = dict(zip(names, re.split(r"^\S+ +", output, flags=re.MULTILINE)[1:], strict=True))
+    assert "15.7B parameters, 2.4" in about["v2-lite"]  # as DeepSeek publishes them
+    assert "671B parameters, 36.6B active" in about["v3"]
+    assert "118M active" in about["small"]
+    assert all("GB of memory" in text and "reached: " in text for text in about.values())

@@ -21,10 +21,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from moe.config import DataConfig, MoeError
+from moe.corpus.shards import FORMAT, Corpus, CorpusError, Encoded, ShardWriter, dtype_of, finished_shards, open_corpus
+from moe.corpus.sources import SPLITS, START, Advance, Source, Unit, Unreachable
+from moe.corpus.streams import DATA_SETS, open_source
 from moe.files import write_whole
-from moe.shards import FORMAT, Corpus, CorpusError, Encoded, ShardWriter, dtype_of, finished_shards, open_corpus
-from moe.sources import SPLITS, START, Advance, Source, Unit, Unreachable
-from moe.streams import DATA_SETS, open_source
 from moe.tokenizer import Tokenizer, bytes_tokenizer, gpt2_tokenizer, train_bpe
 
 SHARD_TOKENS = 1 << 24  # a shard is closed behind the unit that brings it here

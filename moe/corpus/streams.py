@@ -20,8 +20,7 @@ from typing import Any, Literal, TypeVar
 from filelock import FileLock
 
 from moe.config import DataConfig
-from moe.files import sync
-from moe.sources import (
+from moe.corpus.sources import (
     BLOCK,
     START,
     UNIT,
@@ -36,6 +35,7 @@ from moe.sources import (
     fingerprint,
     text_of,
 )
+from moe.files import sync
 
 T = TypeVar("T")
 DOWNLOADS = Path("out/data/downloads")
@@ -73,7 +73,7 @@ def open_source(config: DataConfig, advance: Advance) -> Source:
     if known and known.kind == "hub":
         return Stream(known.home, known.config, config)
     if known and known.kind == "bundled":
-        path = Path(__file__).resolve().parent.parent / known.home
+        path = Path(__file__).resolve().parent.parent.parent / known.home
     elif known:
         path = download(config.source, known, advance)
     elif not path.exists():

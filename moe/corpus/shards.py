@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from moe.config import ConfigError, MoeError, from_dict
+from moe.corpus.sources import SPLITS, START, Position
 from moe.files import sync_folder
-from moe.sources import SPLITS, START, Position
 from moe.tokenizer import Tokenizer
 
 FORMAT = 2
