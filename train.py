@@ -268,7 +268,10 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     model.to(runtime.device)
     optimizers = Optimizers(model, config.optim, runtime.torch_dtype)
     average = Average(model, config.optim.ema_decay)
-    losses_of, runtime = working_losses(model, config, runtime, display.warn)
+    estimated = runtime.micro_batch_size
+    losses_of, runtime = working_losses(model, config, runtime, not resuming, display.warn)
+    if runtime.micro_batch_size != estimated:
+        reasons["batch"] = f"{runtime.micro_batch_size} sequences at a time: the largest that fits the GPU"
     state = folder.restore(model, optimizers, average) if resuming else State()
     window, micro_batches = config.train.sequence_length, config.train.sequences_per_step // runtime.micro_batch_size
     batches = Batches(training, runtime.micro_batch_size, window, config.seed, state.cursor)

@@ -140,12 +140,13 @@ def resolve_micro_batch(config: RunConfig, device: str) -> tuple[int, str]:
 
 
 def working_losses(
-    model: Transformer, config: RunConfig, runtime: Runtime, warn: Callable[[str], None]
+    model: Transformer, config: RunConfig, runtime: Runtime, fresh: bool, warn: Callable[[str], None]
 ) -> tuple[LossFunction, Runtime]:
     """model.losses, compiled and with the expert back-end as decided, or with a notice as far as they work; and what
-    it came to. Each way is tried on a batch of the real shape: a fast path may load and then fail when it runs."""
+    it came to. Each way is tried on a batch of the real shape: a fast path may load and then fail when it runs.
+    fresh: the run begins, so the micro-batch is still to be found."""
     model.activation_checkpointing = config.train.activation_checkpointing
-    if runtime.device == "cuda" and config.train.micro_batch_size == "auto":
+    if runtime.device == "cuda" and fresh and config.train.micro_batch_size == "auto":
         runtime = fit_micro_batch(model, config, runtime)
     attempts = [runtime, replace(runtime, compile=False)] if runtime.compile else [runtime]
     if runtime.expert_backend not in ("none", "loop"):
@@ -188,17 +189,20 @@ def try_step(model: Transformer, losses_of: LossFunction, config: RunConfig, run
 def fit_micro_batch(model: Transformer, config: RunConfig, runtime: Runtime) -> Runtime:
     """The largest micro-batch that fits the GPU beside momentum and AdamW's moments, found by trying."""
     moments = 2 * sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    each = activation_bytes(config.sized_model, config.train.sequence_length, config.train.activation_checkpointing)
-    for micro in (size for size in config.train.micro_batch_sizes() if size * each < 2 * machine_bytes("cuda")):
-        attempt = replace(runtime, micro_batch_size=micro, compile=False)
+    each = activation_bytes(config.model, config.train.sequence_length, config.train.activation_checkpointing)
+    for micro in config.train.micro_batch_sizes():
+        attempt = replace(runtime, micro_batch_size=micro)
+        if micro * each > 2 * machine_bytes("cuda"):
+            continue  # the estimate is not that far off
         torch.cuda.reset_peak_memory_stats()
         try:
             try_step(model, model.losses, config, attempt)
-            if torch.cuda.max_memory_allocated() + moments < GPU_SHARE * machine_bytes("cuda"):
-                break
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-    return replace(runtime, micro_batch_size=micro)
+            continue
+        if torch.cuda.max_memory_allocated() + moments < GPU_SHARE * machine_bytes("cuda"):
+            return attempt
+    return attempt
 
 
 def reuse_memory() -> bool:
