@@ -398,7 +398,7 @@ def environment() -> dict[str, str]:
 def test_a_killed_command_goes_on_where_it_was(tmp_path, kill):
     script = Path(__file__).parent.parent / "data" / "prepare.py"
     slowly = "import sys, runpy, time; from moe.corpus import build as corpus, sources\n"
-        "corpus.SHARD_TOKENS, sources.UNIT = 5_000, 5_000\n"
+    slowly += "corpus.SHARD_TOKENS, sources.UNIT = 5_000, 5_000\n"
     slowly += "add = corpus.ShardWriter.add; corpus.ShardWriter.add = lambda *given: time.sleep(0.05) or add(*given)\n"
     slowly += f"sys.argv[0] = {str(script)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
     write(tmp_path / "a.txt", TEXT.read_bytes()[:200_000])
