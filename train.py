@@ -33,7 +33,7 @@ from moe.checkpoint import (
     read_state,
     set_random_state,
 )
-from moe.config import ConfigError, MoeError, RunConfig
+from moe.config import ConfigError, MoeError, RunConfig, TrainConfig
 from moe.corpus import Corpus, prepare
 from moe.cost import activation_bytes, count
 from moe.data import Batches, TokenStream
@@ -46,10 +46,8 @@ from moe.optim import Average, Optimizers, mtp_weight
 from moe.presets import NOTES, presets
 from moe.tokenizer import Tokenizer
 
-MAY_CHANGE = (
-    *("steps", "minutes", "train.eval_interval", "train.eval_tokens"),
-    *("train.save_interval", "train.log_interval", "train.keep_last"),
-)
+WHAT_A_STEP_IS = {"train.tokens_per_step", "train.sequence_length"}
+MAY_CHANGE = {"steps", "minutes", *(f"train.{item.name}" for item in fields(TrainConfig))} - WHAT_A_STEP_IS
 
 
 class TrainingError(MoeError):
@@ -79,7 +77,7 @@ class Arguments:
 def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
     """The command line, over the preset it names or over the configuration of the run it continues."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--preset", "--out", "--resume", "--init-from"):
+    for name in ("--preset", "--out", "--resume", "--init-from", "--steps", "--minutes"):
         first.add_argument(name)
     known, _ = first.parse_known_args(arguments)
     name = known.preset or "tiny"
@@ -90,6 +88,10 @@ def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
     base = stored if stored and known.preset in (None, stored.preset) else presets()[name]
     if known.init_from and not stored:  # the model is that run's, unless told otherwise
         base = replace(base, model=RunFolder(Path(known.init_from)).read_setup()[0].model)
+    if known.steps and known.minutes:
+        raise ConfigError("--steps and --minutes exclude each other: give the length that shall count")
+    if known.steps:
+        base = replace(base, minutes=None)
     given = tyro.cli(Arguments, args=arguments, default=Arguments(Session(), base), description=__doc__)
     changed = [name for name in differences(stored, given.run) if name not in MAY_CHANGE] if stored else []
     if changed:
@@ -132,9 +134,9 @@ def list_presets() -> None:
         memory = size.training_bytes + activation_bytes(model, train.sequence_length, train.activation_checkpointing)
         length = f"{config.minutes:g} minutes" if config.minutes else f"{config.steps:,} steps"
         print(f"{name:8} {readable(size.total)} parameters, {readable(size.active)} active for a token")
-        print(f"{'':8} {length} of {train.tokens_per_step:,} tokens on {config.data.source}")
-        print(f"{'':8} at least {memory / 1e9:,.1f} GB of memory: {note.machine}")
-        print(f"{'':8} reached: {note.reached}")
+        print(f"{'':8} {length}, {train.tokens_per_step:,} tokens a step, on {config.data.source}")
+        print(f"{'':8} {readable(memory, giga='G')}B of memory or more: {note.machine}")
+        print(f"{'':8} {note.reached}")
 
 
 def fit_vocabulary(config: RunConfig, needed: int) -> RunConfig:
@@ -147,7 +149,7 @@ def fit_vocabulary(config: RunConfig, needed: int) -> RunConfig:
     return replace(config, model=replace(config.model, vocab_size=given or -(-needed // multiple) * multiple))
 
 
-def describe(config: RunConfig, corpus: Corpus, reasons: dict[str, str], display: Display, folder: Path) -> None:
+def announce(config: RunConfig, corpus: Corpus, decisions: dict[str, str], display: Display, folder: Path) -> None:
     size, model = count(config.model, config.train.sequence_length), config.model
     length = f"{config.minutes:g} minutes" if config.minutes else f"{config.steps:,} steps"
     facts = {
@@ -156,7 +158,7 @@ def describe(config: RunConfig, corpus: Corpus, reasons: dict[str, str], display
         "model": f"{readable(size.total)} parameters, {readable(size.active)} active for a token; "
         f"{readable(size.training_flops)} FLOP to train on one",
         "plan": f"{length} of {config.train.tokens_per_step:,} tokens",
-        **reasons,
+        **decisions,
     }
     for name, fact in facts.items():
         display.say(f"{name:8} {fact}")
@@ -169,9 +171,9 @@ def describe(config: RunConfig, corpus: Corpus, reasons: dict[str, str], display
         display.warn("warning: load balancing is off, neither bias nor balance loss: expect experts to starve")
 
 
-def readable(number: float) -> str:
+def readable(number: float, giga: str = "B") -> str:
     """3 digits and a unit: 3.01M, 671B."""
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for unit, letter in ((1e9, giga), (1e6, "M"), (1e3, "k")):
         if number >= unit:
             return f"{number / unit:.{max(0, 3 - len(str(int(number / unit))))}f}{letter}"
     return f"{number:.0f}"
@@ -201,20 +203,19 @@ def accumulate(
     batches: list[tuple[Tensor, Tensor]],
     runtime: Runtime,
     model: Transformer,
-    mtp_weight: float = 0.0,
+    weight: float = 0.0,
 ) -> Losses:
-    """Gradients of the mean over the micro-batches; the means of their losses, and the load of all of them together."""
+    """Gradients of the mean over the micro-batches; the means of their losses, and the load of all of them together.
+    weight: of multi-token prediction."""
     global_load = None
     if model.config.balance_loss == "switch" and model.moe_layers() and len(batches) > 1:
-        with (
-            torch.no_grad(),
-            runtime.autocast(),
-        ):  # this loss weighs by the whole batch's load: route all of it once before
+        # This loss weighs by the whole batch's load: route all of it once before, under the same dropout
+        with torch.no_grad(), runtime.autocast(), torch.random.fork_rng():
             global_load = torch.stack([model.losses(*batch).routing.load for batch in batches]).sum(0)  # type: ignore[union-attr]
-    parts, weight = [], torch.tensor(mtp_weight, device=batches[0][0].device)
+    parts, mtp = [], torch.tensor(weight, device=batches[0][0].device)
     for tokens, targets in batches:
         with runtime.autocast():
-            losses = losses_of(tokens, targets, global_load, weight)
+            losses = losses_of(tokens, targets, global_load, mtp)
         (losses.objective / len(batches)).backward()
         parts.append(losses)
     return Losses.mean(parts)
@@ -231,7 +232,9 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     if resuming:
         stored, runtime, setup = folder.read_setup()
         resolve_device(runtime.device)
-        reasons = {name: f"{value}: as the run began" for name, value in asdict(runtime).items()}
+        reasons = dict.fromkeys(asdict(runtime), "as the run began")
+        if isinstance(asked := config.train.micro_batch_size, int) and asked != runtime.micro_batch_size:
+            runtime, reasons["micro_batch_size"] = replace(runtime, micro_batch_size=asked), "as asked"
         state = read_state(folder.checkpoints()[-1])
         if state.progress(config) >= 1:
             return display.say(f"finished {folder.path} has made its {state.step:,} steps: nothing to do")
@@ -264,19 +267,19 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     torch.manual_seed(config.seed)
     model = Transformer(config.model)
     if start:
-        load_model(model, start.checkpoint / "model.safetensors")
+        load_model(model, start.checkpoint / "model.safetensors", optional="mtp.")
     model.to(runtime.device)
     optimizers = Optimizers(model, config.optim, runtime.torch_dtype)
     average = Average(model, config.optim.ema_decay)
-    estimated = runtime.micro_batch_size
+    planned = runtime
     losses_of, runtime = working_losses(model, config, runtime, not resuming, display.warn)
-    if runtime.micro_batch_size != estimated:
-        reasons["batch"] = f"{runtime.micro_batch_size} sequences at a time: the largest that fits the GPU"
+    for name in (name for name in reasons if getattr(runtime, name) != getattr(planned, name)):
+        reasons[name] = "found by trying"
     state = folder.restore(model, optimizers, average) if resuming else State()
     window, micro_batches = config.train.sequence_length, config.train.sequences_per_step // runtime.micro_batch_size
     batches = Batches(training, runtime.micro_batch_size, window, config.seed, state.cursor)
-    describe(config, corpus, reasons, display, folder.path)
-    if not resuming or config != stored:
+    announce(config, corpus, runtime.describe(reasons), display, folder.path)
+    if not resuming or config != stored or runtime != planned:
         folder.write_setup(config, runtime, corpus.tokenizer, identity)
     log = MetricsLog(folder.metrics, keep_steps=state.step)
     alarm = CollapseAlarm(config.model.num_experts_per_tok, state.balance)
@@ -399,11 +402,14 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
-        advice = "lower --train.micro-batch-size, or pass --train.activation-checkpointing"
+        advice = "lower --train.micro-batch-size, pass --train.activation-checkpointing, or choose a smaller model"
         print(f"error: out of GPU memory: {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        sys.stderr.close()
+        return 141
     return 0
 
 

@@ -30,17 +30,22 @@ from torch import Tensor, nn
 
 from moe.config import ConfigError, MoeError, RunConfig, from_dict, to_dict
 from moe.data import Cursor
-from moe.device import Runtime, describe, resolve_device
+from moe.device import Runtime, hardware, resolve_device
 from moe.files import sync, sync_folder, write_whole
 from moe.model import Transformer
 from moe.optim import Average, Optimizers
 from moe.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
+FORMAT = 2  # of config.json
 
 
 class CheckpointError(MoeError):
     """A run's folder that cannot be read, written or continued."""
+
+
+class VersionError(CheckpointError):
+    """A run of another version of this program."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,8 @@ class RunFolder:
         if strange:
             try:
                 self.read_setup()
+            except VersionError:
+                raise
             except CheckpointError:
                 message = f"{self.path} holds a {strange[0]} that no training run made: choose another --out"
                 raise CheckpointError(message) from None
@@ -113,11 +120,12 @@ class RunFolder:
 
     def write_setup(self, config: RunConfig, runtime: Runtime, tokenizer: Tokenizer, data: dict[str, Any]) -> None:
         facts = {
+            "format": FORMAT,
             "config": to_dict(config),
             "runtime": asdict(runtime),
             "data": data,
             "versions": versions(),
-            "hardware": describe(runtime.device),
+            "hardware": hardware(runtime.device),
         }
         write_whole(self.path / "config.json", json.dumps(facts, indent=1).encode())
         write_whole(self.path / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())
@@ -126,9 +134,15 @@ class RunFolder:
         path = self.path / "config.json"
         try:
             facts = json.loads(path.read_text("utf-8"))
+            if {"config", "runtime"} <= facts.keys() and facts.get("format", 1) != FORMAT:
+                revision = facts.get("versions", {}).get("git", "unknown")
+                raise VersionError(
+                    f"{self.path} was made by another version of this program (git {revision}): use that one, or train "
+                    "anew with another --out"
+                )
             config, runtime = from_dict(RunConfig, facts["config"]), from_dict(Runtime, facts["runtime"], "runtime")
             return config, runtime, dict(facts["data"])
-        except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             raise CheckpointError(f"{path}: {error}") from None
 
     def restore(self, model: Transformer, optimizers: Optimizers, average: Average) -> State:
@@ -206,10 +220,15 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_model(model: nn.Module, path: Path) -> None:
+def load_model(model: nn.Module, path: Path, optional: str | None = None) -> None:
     """Copy a file's tensors into the model. Raises CheckpointError listing what is missing, unexpected or of another
-    shape."""
+    shape. optional: names that begin so may be on one side only."""
     stored, wanted = load_tensors(path), tensors_of(model)
+    if optional:
+        stored, wanted = (
+            {name: tensor for name, tensor in one.items() if name in other or not name.startswith(optional)}
+            for one, other in ((stored, wanted), (wanted, stored))
+        )
     wrong = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
     wrong += [f"{name} is not known" for name in stored.keys() - wanted.keys()]
     for name in wanted.keys() & stored.keys():

@@ -295,6 +295,7 @@ class OptimConfig:
         require_above(0, self, "muon_lr adam_lr router_lr")
         require_not_negative(self, "muon_weight_decay adam_weight_decay warmup decay final_lr grad_clip")
         require_not_negative(self, "mtp_weight mtp_final_weight mtp_final_from")
+        require(self.mtp_final_from <= 1, f"optim.mtp_final_from = {self.mtp_final_from} must lie in [0, 1]")
         for name in ("muon_momentum", "adam_beta1", "adam_beta2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, f"optim.{name} = {getattr(self, name)} must lie in [0, 1)")
         require(
@@ -383,6 +384,11 @@ class RunConfig:
         window, context = self.train.sequence_length, self.model.max_position_embeddings
         name = "model.max_position_embeddings"
         require(window <= context, f"train.sequence_length = {window} is more than the context, {name} = {context}")
+        part = self.train.eval_tokens
+        require(
+            part == 0 or part > window,
+            f"train.eval_tokens = {part} must be more than train.sequence_length = {window}, or 0 for the whole split",
+        )
         ahead = self.model.num_nextn_predict_layers
         require(
             ahead < window,

@@ -13,8 +13,6 @@ from moe.config import ModelConfig
 from moe.experts import MoE
 from moe.model import LOGITS, Transformer
 
-MACHINE = 8 << 30  # bytes of memory where the system does not say
-
 
 @dataclass(frozen=True)
 class Size:
@@ -40,6 +38,7 @@ class Size:
 
 
 def count(config: ModelConfig, sequence_length: int | None = None) -> Size:
+    """sequence_length: that attention's operations are counted for; by default the whole context."""
     with torch.device("meta"):
         model = Transformer(config)
     idle = 1 - config.num_experts_per_tok / config.n_routed_experts
@@ -70,11 +69,11 @@ def activation_bytes(config: ModelConfig, tokens: int, recomputed: bool = False)
     return tokens * kept + 10 * min(tokens * config.vocab_size, LOGITS)
 
 
-def machine_bytes(device: str) -> int:
-    """The memory there is: the GPU's, or the machine's."""
+def machine_bytes(device: str) -> int | None:
+    """The memory there is, the GPU's or the machine's; None where the system does not say."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
-        return MACHINE
+        return None

@@ -7,9 +7,9 @@ A training run prints the reasons, stores the decisions in `config.json` and kee
 import ctypes
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from moe.model import Losses, Transformer
 LossFunction = Callable[..., Losses]
 CPU_SHARE = 0.25  # of the memory, for activations: a laptop has other things to do
 GPU_SHARE = 0.92
+UNKNOWN_MEMORY = 8 << 30  # where the system does not say
 CPU_FLOPS = 4e10  # a second that a thread gets out of small matrices
 COMPILE_MINUTES = 30
 
@@ -47,26 +48,29 @@ class Runtime:
         """float32 parameters, matrix products in bfloat16; nothing at all in float32."""
         return torch.autocast(self.device, torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
 
+    def describe(self, why: Mapping[str, str]) -> dict[str, str]:
+        """A line for each decision. why: the reasons, by the decisions' names."""
+        shown = {"compile": "on" if self.compile else "off", "micro_batch_size": f"{self.micro_batch_size} sequences"}
+        labels = {"expert_backend": "experts", "micro_batch_size": "batch"}
+        return {
+            labels.get(name, name): f"{shown.get(name, value)}: {why[name]}" for name, value in asdict(self).items()
+        }
+
 
 def resolve(config: RunConfig) -> tuple[Runtime, dict[str, str]]:
     """The decisions, and why. Raises DeviceError for what was asked for and cannot be had."""
     device, why_device = resolve_device(config.device)
     dtype, why_dtype = resolve_dtype(config.dtype, device)
-    compiled, why_compile = resolve_compile(config, device)
-    micro, why_micro = resolve_micro_batch(config, device)
+    check_memory(config, device)
+    micro, why_micro = resolve_micro_batch(config, device, dtype)
     tokens = micro * config.train.sequence_length
     backend, why_backend = choose_backend(config.model, device, getattr(torch, dtype), tokens)
     if config.model.num_moe_layers == 0:
         backend, why_backend = "none", "no mixture-of-experts layer"
+    compiled, why_compile = resolve_compile(config, device, backend)
     runtime = Runtime(device, dtype, compiled, backend, micro, torch.get_num_threads())
-    return runtime, {
-        "device": f"{device}: {why_device}",
-        "dtype": f"{dtype}: {why_dtype}",
-        "compile": f"{'on' if compiled else 'off'}: {why_compile}",
-        "experts": f"{backend}: {why_backend}",
-        "batch": f"{micro} x {config.train.sequence_length} tokens at a time: {why_micro}",
-        "threads": f"{runtime.threads}: torch's default",
-    }
+    reasons = (why_device, why_dtype, why_compile, why_backend, why_micro, "torch's default")
+    return runtime, dict(zip(asdict(runtime), reasons, strict=True))
 
 
 def resolve_device(asked: str) -> tuple[str, str]:
@@ -93,9 +97,11 @@ def resolve_dtype(asked: str, device: str) -> tuple[str, str]:
     )
 
 
-def resolve_compile(config: RunConfig, device: str) -> tuple[bool, str]:
+def resolve_compile(config: RunConfig, device: str, backend: str) -> tuple[bool, str]:
     if config.compile != "auto":
         return config.compile == "on", "as asked"
+    if backend == "loop":
+        return False, "a loop over the chosen experts is no graph"
     if device == "cpu":
         return resolve_compile_cpu(config)
     if device != "cuda":
@@ -121,22 +127,30 @@ def resolve_compile_cpu(config: RunConfig) -> tuple[bool, str]:
     return True, f"some {minutes:,.0f} minutes on a CPU are worth its warm-up"
 
 
-def resolve_micro_batch(config: RunConfig, device: str) -> tuple[int, str]:
-    """Sequences at a time. Raises DeviceError where not even the weights could be trained."""
-    train, memory = config.train, machine_bytes(device)
-    size, sizes = count(config.sized_model), train.micro_batch_sizes()
-    left = memory - size.training_bytes
-    if left <= 0:
+def check_memory(config: RunConfig, device: str) -> None:
+    """Raises DeviceError where not even the weights could be trained."""
+    memory, size = machine_bytes(device), count(config.sized_model)
+    if memory and size.training_bytes >= memory:
         raise DeviceError(
             f"to train {size.total / 1e9:,.1f}B parameters takes {size.training_bytes / 1e9:,.0f} GB for weights, "
             f"gradients and momentum alone; {device} has {memory / 1e9:,.0f} GB: choose a smaller --preset or model"
         )
+
+
+def resolve_micro_batch(config: RunConfig, device: str, dtype: str) -> tuple[int, str]:
+    """Sequences at a time, by estimate; working_losses tries on a GPU."""
+    train, model = config.train, config.sized_model
     if train.micro_batch_size != "auto":
         return train.micro_batch_size, "as asked"
-    each = activation_bytes(config.sized_model, train.sequence_length, train.activation_checkpointing)
-    share = 1.0 if device == "cuda" else CPU_SHARE
-    fitting = next((micro for micro in sizes if micro * each <= share * left), 1)
-    return fitting, f"an estimated {fitting * each / 1e9:,.1f} GB of activations"
+    left = (machine_bytes(device) or UNKNOWN_MEMORY) - count(model).training_bytes
+    room = left if device == "cuda" else CPU_SHARE * left
+
+    def needed(micro: int) -> float:
+        bfloat16 = activation_bytes(model, micro * train.sequence_length, train.activation_checkpointing)
+        return bfloat16 if dtype == "bfloat16" else bfloat16 * 4 / 3
+
+    micro = next((size for size in train.micro_batch_sizes() if needed(size) <= room), 1)
+    return micro, f"an estimated {needed(micro) / 1e9:,.1f} GB of activations"
 
 
 def working_losses(
@@ -144,20 +158,21 @@ def working_losses(
 ) -> tuple[LossFunction, Runtime]:
     """model.losses, compiled and with the expert back-end as decided, or with a notice as far as they work; and what
     it came to. Each way is tried on a batch of the real shape: a fast path may load and then fail when it runs.
-    fresh: the run begins, so the micro-batch is still to be found."""
+    fresh: the run begins, so a GPU's micro-batch is still to be found."""
     model.activation_checkpointing = config.train.activation_checkpointing
-    if runtime.device == "cuda" and fresh and config.train.micro_batch_size == "auto":
-        runtime = fit_micro_batch(model, config, runtime)
+    search = fresh and runtime.device == "cuda" and config.train.micro_batch_size == "auto"
     attempts = [runtime, replace(runtime, compile=False)] if runtime.compile else [runtime]
     if runtime.expert_backend not in ("none", "loop"):
         attempts.append(replace(runtime, compile=False, expert_backend="loop"))
     for attempt in attempts:
         losses_of: LossFunction = torch.compile(model.losses, dynamic=False) if attempt.compile else model.losses
+        for layer in model.moe_layers():
+            layer.backend = attempt.expert_backend
         if runtime.device == "cpu" and not attempt.compile:
-            set_backend(model, attempt)
             return losses_of, attempt
         try:
-            try_step(model, losses_of, config, attempt)
+            attempt = fit_micro_batch(model, config, attempt) if search else attempt
+            try_steps(model, losses_of, config, attempt)
             return losses_of, attempt
         except torch.OutOfMemoryError:
             raise
@@ -168,39 +183,48 @@ def working_losses(
     raise DeviceError(f"no way of computing this model works on {runtime.device}: try --device cpu")
 
 
-def set_backend(model: Transformer, runtime: Runtime) -> None:
-    for layer in model.moe_layers():
-        layer.backend = runtime.expert_backend
-
-
-def try_step(model: Transformer, losses_of: LossFunction, config: RunConfig, runtime: Runtime) -> None:
-    """Forward and backward of a batch of the real shape, without a trace."""
-    set_backend(model, runtime)
+def try_steps(model: Transformer, losses_of: LossFunction, config: RunConfig, runtime: Runtime) -> None:
+    """Forward and backward of two micro-batches of the real shape, the second beside the first one's gradients; without
+    a trace, in the random numbers either."""
     shape = (runtime.micro_batch_size, config.train.sequence_length)
     tokens = torch.zeros(shape, dtype=torch.int64, device=runtime.device)
+    weight, load = torch.ones((), device=runtime.device), None
+    if needs_global_load(config, runtime):
+        load = torch.ones(
+            len(model.moe_layers()), config.model.n_routed_experts, dtype=torch.int64, device=runtime.device
+        )
     try:
-        with runtime.autocast():
-            losses = losses_of(tokens, tokens.clone(), None, torch.ones((), device=runtime.device))
-        losses.objective.backward()
+        with torch.random.fork_rng():
+            for _ in range(2):
+                with runtime.autocast():
+                    losses = losses_of(tokens, tokens.clone(), load, weight)
+                losses.objective.backward()
     finally:
         model.zero_grad(set_to_none=True)
 
 
+def needs_global_load(config: RunConfig, runtime: Runtime) -> bool:
+    """Whether a balance loss weighs by the load of a whole batch that is cut into micro-batches."""
+    several = runtime.micro_batch_size < config.train.sequences_per_step
+    return several and config.model.balance_loss == "switch" and config.model.num_moe_layers > 0
+
+
 def fit_micro_batch(model: Transformer, config: RunConfig, runtime: Runtime) -> Runtime:
-    """The largest micro-batch that fits the GPU beside momentum and AdamW's moments, found by trying."""
+    """The largest micro-batch that fits the GPU beside momentum and AdamW's moments, found by trying, not compiled."""
+    memory = machine_bytes("cuda") or UNKNOWN_MEMORY
     moments = 2 * sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    each = activation_bytes(config.model, config.train.sequence_length, config.train.activation_checkpointing)
     for micro in config.train.micro_batch_sizes():
         attempt = replace(runtime, micro_batch_size=micro)
-        if micro * each > 2 * machine_bytes("cuda"):
+        tokens = micro * config.train.sequence_length
+        if micro > 1 and activation_bytes(config.model, tokens, config.train.activation_checkpointing) > 2 * memory:
             continue  # the estimate is not that far off
         torch.cuda.reset_peak_memory_stats()
         try:
-            try_step(model, model.losses, config, attempt)
+            try_steps(model, model.losses, config, attempt)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             continue
-        if torch.cuda.max_memory_allocated() + moments < GPU_SHARE * machine_bytes("cuda"):
+        if torch.cuda.max_memory_allocated() + moments < GPU_SHARE * memory:
             return attempt
     return attempt
 
@@ -215,7 +239,7 @@ def reuse_memory() -> bool:
     return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1))
 
 
-def describe(device: str) -> str:
+def hardware(device: str) -> str:
     return (
         torch.cuda.get_device_name()
         if device == "cuda"

@@ -150,22 +150,29 @@ class TakeRows(torch.autograd.Function):
 BACKENDS: dict[str, Backend] = {"loop": loop_experts, "grouped": grouped_experts, "gather": gather_experts}
 
 
+def misfit(config: ModelConfig, dtype: torch.dtype) -> str | None:
+    """Why grouped products cannot take these widths, if so: their rows must be whole 16 bytes."""
+    numbers, widths = 16 // dtype.itemsize, (config.hidden_size, config.moe_intermediate_size)
+    if all(width % numbers == 0 for width in widths):
+        return None
+    return (
+        f"grouped products in {dtype} need hidden_size = {widths[0]} and moe_intermediate_size = {widths[1]} to be "
+        f"multiples of {numbers}"
+    )
+
+
 def choose_backend(config: ModelConfig, device: str, dtype: torch.dtype, tokens: int) -> tuple[str, str]:
     """The back-end for this many tokens, and why: by capability and size alone, never by timing."""
-    numbers = 16 // dtype.itemsize
-    misfit = f"grouped products need hidden_size and moe_intermediate_size divisible by {numbers} in {dtype}"
-    aligned = config.hidden_size % numbers == 0 and config.moe_intermediate_size % numbers == 0
+    unfit = misfit(config, dtype)
     if config.expert_backend != "auto":
-        require(config.expert_backend != "grouped" or aligned, f"expert_backend = grouped: {misfit}")
+        require(config.expert_backend != "grouped" or not unfit, f"expert_backend = grouped: {unfit}")
         return config.expert_backend, "as asked"
     if tokens * config.num_experts_per_tok <= FEW_PAIRS:
-        return (
-            ("gather", "few tokens on a GPU")
-            if device == "cuda"
-            else ("loop", f"few tokens on {device}: only the chosen experts are touched")
-        )
-    if not aligned:
-        return "loop", misfit
+        if device == "cuda":
+            return "gather", "few tokens on a GPU"
+        return "loop", f"few tokens on {device}: only the chosen experts are touched"
+    if unfit:
+        return "loop", unfit
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return "loop", "grouped products need compute capability 8.0"
     if device not in ("cpu", "cuda"):
@@ -209,15 +216,12 @@ class MoE(nn.Module):
     def forward_with_stats(self, x: Tensor, global_load: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
         flat = x.flatten(0, 1)  # (T, D)
         routing = self.router(flat)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = (
-            torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        )  # grouped_mm does not follow autocast by itself
-        name = (
-            self.backend
-            if self.backend != "auto"
-            else choose_backend(self.config, x.device.type, dtype, flat.shape[0])[0]
-        )
+        device = x.device.type
+        # Grouped products do not follow autocast by themselves
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        name = self.backend
+        if name in ("auto", self.config.expert_backend):
+            name = choose_backend(self.config, device, dtype, flat.shape[0])[0]
         gates, weights = routing.gates.to(dtype), (self.gate_up_proj.to(dtype), self.down_proj.to(dtype))
         routed = BACKENDS[name](flat.to(dtype), routing.chosen, gates, *weights).view_as(x)
         out = routed if self.shared_experts is None else routed + self.shared_experts(x)

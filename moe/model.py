@@ -11,6 +11,7 @@ kept, so computing again can never choose differently, and loads are returned va
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,23 +37,21 @@ class Losses(NamedTuple):
     loss: Tensor  # () mean cross-entropy in nats per token
     mtp: Tensor  # (depths,) the same of each module of multi-token prediction, unweighted
     objective: Tensor  # () what is minimised: loss, plus the weighted others, balance terms summed over layers
-    routing: (
-        RoutingStats | None
-    )  # stacked over the MoE layers, those of multi-token prediction last; None: there is none
+    routing: RoutingStats | None  # stacked over the MoE layers, multi-token prediction's last; None: no such layer
 
     @staticmethod
     def mean(parts: "list[Losses]") -> "Losses":
         """Of equal micro-batches, detached: their mean losses and the sum of their loads."""
 
-        def over(terms: Any) -> Tensor:
-            return torch.stack([term.detach() for term in terms])
+        def over(name: str) -> Tensor:
+            return torch.stack([getattr(part, name).detach() for part in parts])
 
         routing = None
         if parts[0].routing is not None:
-            load, balance, z = map(over, zip(*(part.routing for part in parts if part.routing), strict=True))
+            terms = zip(*(part.routing for part in parts if part.routing is not None), strict=True)
+            load, balance, z = (torch.stack(term).detach() for term in terms)
             routing = RoutingStats(load.sum(0), balance.mean(0), z.mean(0))
-        loss, mtp, objective = (over(terms).mean(0) for terms in zip(*(part[:3] for part in parts), strict=True))
-        return Losses(loss, mtp, objective, routing)
+        return Losses(over("loss").mean(), over("mtp").mean(0), over("objective").mean(), routing)
 
 
 class Block(nn.Module):
@@ -78,10 +77,11 @@ class Block(nn.Module):
 
 
 class MTPModule(nn.Module):
-    """One depth of multi-token prediction (DeepSeek-V3, eq. 21-23): looks one token further than the state it is given.
+    """One depth of multi-token prediction (DeepSeek-V3, section 2.2): looks one token further than the states it gets.
 
-    Embedding and head are the main model's. As in the released weights the embedding comes first in the projection's
-    input, and the state is the normalised one that the head reads (the report leaves both open).
+    Embedding and head are the main model's. The state is the normalised one that the head reads, on which the report is
+    silent; the embedding comes first in what is projected, as in the released weights, while the report writes the
+    other order.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -91,6 +91,10 @@ class MTPModule(nn.Module):
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.block = Block(config, layer)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def join(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """Eq. 21: what the block reads. (B, S, D) each -> (B, S, D)."""
+        return self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
 
 
 class Transformer(nn.Module):
@@ -131,25 +135,26 @@ class Transformer(nn.Module):
 
     def hidden_states(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, RoutingStats | None]:
         """(B, S) -> the normalised last hidden states (B, S, D), and the routing of the MoE layers."""
-        hidden, stats = self._run(tokens, self.rotary_table(tokens, cache), cache)
-        return hidden, stack(stats)
+        x, stats = self.run(self.layers, self.embed_tokens(tokens), self.rotary_table(tokens, cache), cache=cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x), stack(stats)
 
     def losses(
         self, tokens: Tensor, targets: Tensor, global_load: Tensor | None = None, mtp_weight: Tensor | float = 0.0
     ) -> Losses:
         """tokens, targets: (B, S) int64; targets of -100 are not scored. global_load: (L, E), see Router.stats.
         mtp_weight: of the mean loss of multi-token prediction in the objective."""
+        loads = None if global_load is None else iter(global_load.unbind())
         table = self.rotary_table(tokens)
-        hidden, stats = self._run(tokens, table, global_load=global_load)
+        x, stats = self.run(self.layers, self.embed_tokens(tokens), table, loads)
+        hidden = self.norm(x)
         loss = self.cross_entropy(hidden, targets)
         further = []
-        for depth, module in enumerate(
-            self.mtp_modules(), 1
-        ):  # from t_0 ... t_i and t_{i+depth}, predict t_{i+depth+1}
-            joined = torch.cat((module.enorm(self.embed_tokens(tokens[:, depth:])), module.hnorm(hidden[:, :-1])), -1)
-            x = module.eh_proj(joined)
-            x = self._through(module.block, x, tuple(part[:-depth] for part in table), stats, global_load)
-            hidden = module.norm(x)
+        for depth, module in enumerate(self.mtp_modules(), 1):  # from t_0 ... t_{i+depth}, predict t_{i+depth+1}
+            x = module.join(self.embed_tokens(tokens[:, depth:]), hidden[:, :-1])
+            x, more = self.run([module.block], x, (table[0][:-depth], table[1][:-depth]), loads)
+            hidden, stats = module.norm(x), stats + more
             further.append(self.cross_entropy(hidden, targets[:, depth:]))
         mtp = torch.stack(further) if further else loss.new_zeros(0)
         objective, routing = loss + mtp_weight * mtp.mean() if further else loss, stack(stats)
@@ -159,6 +164,28 @@ class Transformer(nn.Module):
                 objective + alpha * routing.balance_loss.sum() + self.config.router_z_loss * routing.z_loss.sum()
             )
         return Losses(loss, mtp, objective, routing)
+
+    def run(
+        self,
+        blocks: Iterable[nn.Module],
+        x: Tensor,
+        table: Table,
+        loads: Iterator[Tensor] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, list[RoutingStats]]:
+        """x (B, S, D) behind some blocks, and the routing of those with experts. loads: (E,) of the global batch, for
+        each of them."""
+        stats = []
+        for block in blocks:
+            load = next(loads) if loads is not None and isinstance(block.mlp, MoE) else None
+            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
+                keep = partial(create_selective_checkpoint_contexts, keep_choice)
+                x, routing = checkpoint(block, x, table, None, load, use_reentrant=False, context_fn=keep)
+            else:
+                x, routing = block(x, table, cache, load)
+            if routing is not None:
+                stats.append(routing)
+        return x, stats
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean over the scored targets. Where the logits would be large they are made piece by piece, and again for
@@ -180,36 +207,6 @@ class Transformer(nn.Module):
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
         config = self.config
         return rotary_table(positions, config.rotary_dim, config.rope_theta, config.rope_scaling)
-
-    def _run(
-        self, tokens: Tensor, table: Table, cache: Cache | None = None, global_load: Tensor | None = None
-    ) -> tuple[Tensor, list[RoutingStats]]:
-        x, stats = self.embed_tokens(tokens), []  # type: Tensor, list[RoutingStats]
-        for block in self.layers:
-            x = self._through(block, x, table, stats, global_load, cache)
-        if cache is not None:
-            cache.length += tokens.shape[1]
-        return self.norm(x), stats
-
-    def _through(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        table: tuple[Tensor, ...],
-        stats: list[RoutingStats],
-        global_load: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """x behind a block, whose routing joins `stats`."""
-        load = global_load[len(stats)] if global_load is not None and len(stats) < len(global_load) else None
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            keep = partial(create_selective_checkpoint_contexts, keep_choice)
-            x, routing = checkpoint(block, x, table, None, load, use_reentrant=False, context_fn=keep)
-        else:
-            x, routing = block(x, table, cache, load)
-        if routing is not None:
-            stats.append(routing)
-        return x
 
     def blocks(self) -> list[Block]:
         """Those of the main model, then those of multi-token prediction."""

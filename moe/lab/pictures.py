@@ -36,8 +36,12 @@ def draw_run(folder: Path) -> Path:
         label="training, each step",
     )
     evaluated = [record for record in records if "val_loss" in record]
-    validated = [record["val_nats_per_character"] for record in evaluated]
-    curve.plot([record["step"] for record in evaluated], validated, "o-", label="validation, whole split")
+    whole = max((record["val_tokens"] for record in evaluated), default=0)
+    for name, style in (("a part of the split", ".-"), ("the whole split", "o-")):
+        shown = [record for record in evaluated if (record["val_tokens"] == whole) == (name == "the whole split")]
+        if shown:
+            prices = [record["val_nats_per_character"] for record in shown]
+            curve.plot([record["step"] for record in shown], prices, style, label=f"validation, {name}")
     curve.set(
         ylabel="nats per character",
         title=f"{folder.name}: {evaluated[-1]['val_nats_per_character']:.3f} nats per character" if evaluated else "",

@@ -45,7 +45,7 @@ class Score:
         """Its figures as training's metrics name them."""
         figures = self.to_json()
         names = {"nats_per_token": "loss", "nats_per_character": "nats_per_character", "bits_per_byte": "bits_per_byte"}
-        return {f"{split}_{name}": figures[figure] for figure, name in names.items()}
+        return {f"{split}_tokens": self.tokens} | {f"{split}_{name}": figures[figure] for figure, name in names.items()}
 
     def to_json(self) -> dict[str, Any]:
         return {
