@@ -131,7 +131,7 @@ def list_presets() -> None:
     for name, config in presets().items():
         model, train, note = config.sized_model, config.train, NOTES[name]
         size = count(model, train.sequence_length)
-        memory = size.training_bytes + activation_bytes(model, train.sequence_length, train.activation_checkpointing)
+        memory = size.training_bytes + activation_bytes(model, 1, train.sequence_length, train.activation_checkpointing)
         length = f"{config.minutes:g} minutes" if config.minutes else f"{config.steps:,} steps"
         print(f"{name:8} {readable(size.total)} parameters, {readable(size.active)} active for a token")
         print(f"{'':8} {length}, {train.tokens_per_step:,} tokens a step, on {config.data.source}")

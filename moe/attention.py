@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from moe.config import ModelConfig
 from moe.rotary import Table, rotate, softmax_magnitude
 
+SHORT = 512  # positions up to which a CPU attends faster through the whole matrix of weights
+
 
 class RMSNorm(nn.RMSNorm):
     """In float32 whatever comes in, back in its dtype."""
@@ -198,7 +200,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal attention of S queries over S keys. (B, H, S, d), (B, H, S, d), (B, H, S, v) -> (B, H, S, v)."""
     length, width = query.shape[-2], value.shape[-1]
     # There by hand: half the time of the fused kernel's backward
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and length <= 512:
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and length <= SHORT:
         future = torch.full((length, length), -torch.inf, dtype=query.dtype).triu(1)
         # Autocast would copy the scores to float32; softmax sums in float32 in any case
         with torch.autocast("cpu", enabled=False):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from moe.attention import SHORT
 from moe.config import ModelConfig
 from moe.experts import MoE
 from moe.model import LOGITS, Transformer
@@ -57,14 +58,16 @@ def count(config: ModelConfig, sequence_length: int | None = None) -> Size:
     return Size(total, total - unused(model.layers) - embedding, mtp, mtp_active, attention)
 
 
-def activation_bytes(config: ModelConfig, tokens: int, recomputed: bool = False) -> int:
+def activation_bytes(config: ModelConfig, sequences: int, length: int, recomputed: bool = False) -> int:
     """What the backward pass needs of so many tokens at a time, estimated: weights found by counting the tensors that
     autograd keeps in bfloat16 training; float32 takes a third more. recomputed: with activation checkpointing."""
+    tokens = sequences * length
     width, layers = config.hidden_size, config.num_hidden_layers + config.num_nextn_predict_layers
     heads, experts = config.num_attention_heads, config.num_experts_per_tok if config.num_moe_layers else 0
     attention = heads * 2 * (config.query_head_dim + config.value_head_dim)
     ffn = max(config.intermediate_size, (experts + config.n_shared_experts) * config.moe_intermediate_size)
-    layer = 26 * width + 5 * attention + 8 * ffn + 4 * experts * width
+    weights = 2 * heads * length if length <= SHORT else 0  # of attention
+    layer = 26 * width + 5 * attention + 8 * ffn + 4 * experts * width + weights
     kept = layer + 4 * layers * width if recomputed else layer * layers
     return tokens * kept + 10 * min(tokens * config.vocab_size, LOGITS)
 

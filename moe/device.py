@@ -5,6 +5,7 @@ A training run prints the reasons, stores the decisions in `config.json` and kee
 """
 
 import ctypes
+import logging
 import platform
 import shutil
 from collections.abc import Callable, Mapping
@@ -146,7 +147,7 @@ def resolve_micro_batch(config: RunConfig, device: str, dtype: str) -> tuple[int
     room = left if device == "cuda" else CPU_SHARE * left
 
     def needed(micro: int) -> float:
-        bfloat16 = activation_bytes(model, micro * train.sequence_length, train.activation_checkpointing)
+        bfloat16 = activation_bytes(model, micro, train.sequence_length, train.activation_checkpointing)
         return bfloat16 if dtype == "bfloat16" else bfloat16 * 4 / 3
 
     micro = next((size for size in train.micro_batch_sizes() if needed(size) <= room), 1)
@@ -164,6 +165,8 @@ def working_losses(
     attempts = [runtime, replace(runtime, compile=False)] if runtime.compile else [runtime]
     if runtime.expert_backend not in ("none", "loop"):
         attempts.append(replace(runtime, compile=False, expert_backend="loop"))
+    # The compiler warns of in-place operations where layers are computed again; there are none
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for attempt in attempts:
         losses_of: LossFunction = torch.compile(model.losses, dynamic=False) if attempt.compile else model.losses
         for layer in model.moe_layers():
@@ -211,13 +214,13 @@ def needs_global_load(config: RunConfig, runtime: Runtime) -> bool:
 
 def fit_micro_batch(model: Transformer, config: RunConfig, runtime: Runtime) -> Runtime:
     """The largest micro-batch that fits the GPU beside momentum and AdamW's moments, found by trying, not compiled."""
-    memory = machine_bytes("cuda") or UNKNOWN_MEMORY
+    memory, train = machine_bytes("cuda") or UNKNOWN_MEMORY, config.train
     moments = 2 * sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    for micro in config.train.micro_batch_sizes():
+    for micro in train.micro_batch_sizes():
         attempt = replace(runtime, micro_batch_size=micro)
-        tokens = micro * config.train.sequence_length
-        if micro > 1 and activation_bytes(config.model, tokens, config.train.activation_checkpointing) > 2 * memory:
-            continue  # the estimate is not that far off
+        estimate = activation_bytes(config.model, micro, train.sequence_length, train.activation_checkpointing)
+        if micro > 1 and estimate > 2 * memory:
+            continue  # it is not that far off
         torch.cuda.reset_peak_memory_stats()
         try:
             try_steps(model, model.losses, config, attempt)

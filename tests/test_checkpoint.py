@@ -185,6 +185,68 @@ def test_terms_of_multi_token_prediction_are_named_in_the_metrics_and_outside_th
     assert records[0]["loss"] == pytest.approx(5.56, abs=0.1)  # log 264, and no part of it twice
 
 
+def test_training_goes_on_from_another_runs_weights_with_and_without_multi_token_prediction(text):
+    options = ("--data", text, *FEATURES, "--steps", "1")
+    assert run_training("--out", "plain", *options) == 0
+    more = ("--model.num-nextn-predict-layers", "1")
+    assert run_training("--out", "more", "--init-from", "plain", *options, *more, "--optim.muon-lr", "1e-9") == 0
+    assert run_training("--out", "less", "--init-from", "more", *options, "--model.num-nextn-predict-layers", "0") == 0
+    plain, more = (moe.load(name).model.layers[0].self_attn.o_proj.weight for name in ("plain", "more"))
+    torch.testing.assert_close(plain, more)
+
+
+def test_a_run_of_another_version_is_refused_as_such_and_left_alone(text, capsys):
+    assert run_training("--out", "run", "--data", text, *FEATURES, "--steps", "1") == 0
+    facts = json.loads(Path("run/config.json").read_text())
+    facts["config"]["train"]["batch_size"] = facts.pop("format")
+    Path("run/config.json").write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match="made by another version of this program"):
+        moe.load("run")
+    for checkpoint in RunFolder(Path("run")).checkpoints():
+        (checkpoint / "manifest.json").unlink()
+    assert run_training("--out", "run", "--data", text, *FEATURES) == 2
+    assert "another version" in capsys.readouterr().err
+    assert Path("run/metrics.jsonl").exists()
+
+
+def test_the_length_is_what_was_asked_for_steps_or_minutes(text, capsys):
+    options = ("--data", text, *FEATURES[:-2])  # without its --steps
+    assert run_training("--out", "run", *options, "--minutes", "0.0001") == 0
+    assert len(read_metrics(Path("run/metrics.jsonl"))) == 1
+    assert run_training("--out", "run", "--resume", "auto", "--steps", "3") == 0  # from here on by steps
+    assert len(read_metrics(Path("run/metrics.jsonl"))) == 3
+    assert run_training("--out", "more", *options, "--minutes", "1", "--steps", "3") == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+def test_a_resumed_run_may_be_cut_into_other_micro_batches_to_fit_a_smaller_machine(text):
+    options = ("--out", "run", "--data", text, *FEATURES)
+    assert run_training(*options) == 0
+    smaller = ("--train.micro-batch-size", "1", "--train.activation-checkpointing")
+    assert run_training(*options, *smaller, "--resume", "auto", "--steps", "21") == 0
+    assert json.loads(Path("run/config.json").read_text())["runtime"]["micro_batch_size"] == 1
+    assert len(read_metrics(Path("run/metrics.jsonl"))) == 21
+
+
+def test_evaluations_before_the_last_may_price_a_part_of_the_split_and_say_so(text):
+    options = ("--data", text, *FEATURES, "--dtype", "float32", "--train.eval-interval", "20")
+    assert run_training("--out", "run", *options, "--steps", "21", "--train.eval-tokens", "40") == 0
+    part, whole = (record for record in read_metrics(Path("run/metrics.jsonl")) if "val_loss" in record)
+    assert (part["val_tokens"], whole["val_tokens"]) == (39, 110)
+    assert part["val_nats_per_character"] == pytest.approx(part["val_loss"] * 39 / 39, rel=0.05)
+
+
+def test_a_test_split_is_priced_once_at_the_end(text):
+    options = ("--data", text, *FEATURES, "--train.eval-interval", "10", "--data.test-fraction", "0.2")
+    assert run_training("--out", "run", *options, "--dtype", "float32") == 0
+    records = read_metrics(Path("run/metrics.jsonl"))
+    assert [record["step"] for record in records if "test_loss" in record] == [20]
+    run = moe.load("run")
+    score, _ = evaluate(run.model, TokenStream(prepare(run.config.data), "test"), 16, nullcontext)
+    assert score.bytes == 220
+    assert score.record("test")["test_loss"] == pytest.approx(records[-1]["test_loss"])
+
+
 def test_a_run_does_not_continue_on_a_changed_text(text, capsys):
     options = ("--out", "run", "--data", text, *FEATURES)
     assert run_training(*options) == 0

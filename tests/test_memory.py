@@ -6,20 +6,22 @@ import pytest
 import torch
 from conftest import CPU, SMALL, build
 
+from moe import device
 from moe import model as room
+from moe.attention import Cache
 from moe.config import ConfigError, ModelConfig, TrainConfig
-from moe.cost import activation_bytes
-from moe.device import DeviceError, resolve
+from moe.cost import activation_bytes, count
+from moe.device import DeviceError, Runtime, resolve, working_losses
 from moe.model import IGNORE, Transformer
 from moe.presets import presets
-from train import accumulate
 
 
-def gradients(model: Transformer, tokens, between=lambda: None):
+def gradients(model: Transformer, tokens, between=lambda: None, bfloat16: bool = False):
     """Losses, and every gradient, with something happening between forward and backward."""
     model.zero_grad()
     torch.manual_seed(5)
-    losses = model.losses(tokens, tokens.roll(-1, 1), mtp_weight=0.3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        losses = model.losses(tokens, tokens.roll(-1, 1), mtp_weight=0.3)
     between()
     losses.objective.backward()
     return losses, {name: weight.grad.clone() for name, weight in model.named_parameters()}
@@ -72,6 +74,25 @@ def test_computing_again_never_routes_again(changes):
     assert not torch.allclose(elsewhere["layers.1.mlp.down_proj"], wanted["layers.1.mlp.down_proj"])
 
 
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+def test_computing_again_in_bfloat16_is_the_same_to_the_last_bit(backend):
+    model = build(expert_backend=backend, hidden_dropout=0.2, num_nextn_predict_layers=1, tie_word_embeddings=True)
+    tokens = torch.randint(64, (3, 16))
+    _, wanted = gradients(model, tokens, bfloat16=True)
+    model.activation_checkpointing = True
+    _, got = gradients(model, tokens, bfloat16=True)
+    assert all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def test_a_cache_is_filled_even_where_layers_would_be_computed_again():
+    model, tokens = build(), torch.randint(64, (1, 8))
+    wanted = model(tokens)
+    model.activation_checkpointing = True
+    cache = Cache(model.config, 1, 8, tokens.device, torch.float32)
+    got = torch.cat([model(piece, cache) for piece in tokens.split(2, dim=1)], dim=1)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_computing_again_keeps_less():
     model, tokens = Transformer(replace(SMALL, num_hidden_layers=6)), torch.randint(64, (4, 32))
     plain = kept_bytes(model, tokens)
@@ -90,8 +111,9 @@ def test_computing_again_keeps_less():
 )
 def test_the_estimate_of_kept_memory_is_within_a_half_of_what_is_counted(changes):
     config = ModelConfig(**changes)
-    counted = kept_bytes(Transformer(config), torch.randint(512, (4, 128)))
-    assert 0.67 < activation_bytes(config, 4 * 128) / counted < 1.5
+    for length in (64, 128, 256):
+        counted = kept_bytes(Transformer(config), torch.randint(512, (16, length)))
+        assert 0.67 < activation_bytes(config, 16, length) / counted < 1.5
 
 
 @pytest.mark.parametrize("pieces", [1, 7, 48])
@@ -125,21 +147,6 @@ def test_no_more_logits_exist_at_a_time_than_promised(monkeypatch):
     assert sum(sizes) == 2 * 3 * 16 * 64  # each once, and once more for its gradient
 
 
-def test_the_tokens_of_a_step_do_not_depend_on_the_micro_batch():
-    model = Transformer(replace(SMALL, aux_loss_alpha=0.1))
-    tokens = torch.randint(64, (12, 16))
-    results = []
-    for micro in TrainConfig(tokens_per_step=12 * 16, sequence_length=16).micro_batch_sizes():
-        model.zero_grad()
-        batches = [(part, part.roll(-1, 1)) for part in tokens.split(micro)]
-        accumulate(model.losses, batches, CPU, model)
-        results.append([weight.grad.clone() for weight in model.parameters()])
-    assert len(results) == 6
-    for other in results[1:]:
-        for one, several in zip(results[0], other, strict=True):
-            torch.testing.assert_close(one, several, rtol=1e-3, atol=1e-6)
-
-
 def test_micro_batches_that_would_not_be_equal_are_refused_with_those_that_are():
     with pytest.raises(ConfigError, match=r"must divide the 12 sequences of a step: 12, 6, 4, 3, 2, 1 do"):
         TrainConfig(tokens_per_step=192, sequence_length=16, micro_batch_size=5)
@@ -147,18 +154,103 @@ def test_micro_batches_that_would_not_be_equal_are_refused_with_those_that_are()
         TrainConfig(tokens_per_step=192, sequence_length=60)
 
 
+def on_cpu(name: str, **training):
+    config = presets()[name]
+    return replace(config, device="cpu", train=replace(config.train, **training))
+
+
 def test_the_micro_batch_is_what_fits_the_memory(monkeypatch):
-    tiny = presets()["tiny"]
+    tiny = on_cpu("tiny")
     assert resolve(tiny)[0].micro_batch_size == 8
-    each = activation_bytes(tiny.sized_model, 256)
-    weights = 14 * 3_100_000
     for fits in (1, 2, 4):
-        monkeypatch.setattr("moe.device.machine_bytes", lambda device, fits=fits: weights + 4 * each * (fits + 0.5))
+        memory = count(tiny.sized_model).training_bytes + 4 * 1.4 * activation_bytes(tiny.sized_model, fits, 256)
+        monkeypatch.setattr("moe.device.machine_bytes", lambda device, memory=memory: memory)
         assert resolve(tiny)[0].micro_batch_size == fits
-    asked = replace(tiny, train=replace(tiny.train, micro_batch_size=2))
-    assert resolve(asked)[0].micro_batch_size == 2
+    assert resolve(on_cpu("tiny", micro_batch_size=2))[0].micro_batch_size == 2
 
 
-def test_a_model_that_no_memory_here_could_train_is_refused_before_it_is_built():
+def test_a_model_that_no_memory_here_could_train_is_refused_before_it_is_built(monkeypatch):
     with pytest.raises(DeviceError, match=r"671.0B parameters takes 9,.*GB.*choose a smaller --preset"):
-        resolve(presets()["v3"])
+        resolve(on_cpu("v3"))
+    monkeypatch.setattr("moe.device.machine_bytes", lambda device: None)  # a system that does not say
+    assert resolve(on_cpu("v3"))[0].micro_batch_size == 1
+
+
+class PretendedGPU:
+    """A GPU whose memory is so many sequences large, and on which some ways of computing fail."""
+
+    def __init__(self, monkeypatch, sequences: int = 100, broken: tuple[str, ...] = ()) -> None:
+        self.tried: list[tuple[int, str]] = []
+
+        def try_steps(model, losses_of, config, runtime):
+            way = "compiled" if losses_of is not model.losses and runtime.compile else runtime.expert_backend
+            self.tried.append((runtime.micro_batch_size, way))
+            if way in broken:
+                raise RuntimeError(f"no kernel for {way}\nand so on")
+            if runtime.micro_batch_size > sequences:
+                raise torch.OutOfMemoryError
+
+        monkeypatch.setattr(device, "try_steps", try_steps)
+        monkeypatch.setattr(device, "machine_bytes", lambda device: 80 << 30)
+        for name in ("reset_peak_memory_stats", "empty_cache"):
+            monkeypatch.setattr(torch.cuda, name, lambda: None)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1 << 30)
+
+    def find(self, fresh: bool = True, compiled: bool = False):
+        config = replace(presets()["tiny"], model=replace(SMALL, max_position_embeddings=256))
+        runtime = Runtime("cuda", "bfloat16", compiled, "grouped", 8, 1)
+        said: list[str] = []
+        model = Transformer(config.model)
+        found = working_losses(model, config, runtime, fresh, said.append)[1]
+        assert all(layer.backend == found.expert_backend for layer in model.moe_layers())
+        return found, said
+
+
+def test_on_a_gpu_the_largest_micro_batch_that_fits_is_found_by_trying(monkeypatch):
+    gpu = PretendedGPU(monkeypatch, sequences=3)
+    found, said = gpu.find()
+    assert (found.micro_batch_size, found.expert_backend, said) == (2, "grouped", [])
+    assert [micro for micro, _ in gpu.tried] == [8, 4, 2, 2]
+
+
+def test_a_resumed_run_keeps_the_micro_batch_it_has(monkeypatch):
+    gpu = PretendedGPU(monkeypatch, sequences=100)
+    assert gpu.find(fresh=False)[0].micro_batch_size == 8
+    assert gpu.tried == [(8, "grouped")]
+
+
+def test_nothing_that_fits_is_the_users_to_mend(monkeypatch):
+    with pytest.raises(torch.OutOfMemoryError):
+        PretendedGPU(monkeypatch, sequences=0).find()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own, about its use of torch
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_way_that_fails_on_a_gpu_gives_way_to_a_slower_one_with_a_notice(monkeypatch, fresh):
+    found, said = PretendedGPU(monkeypatch, broken=("compiled",)).find(fresh, compiled=True)
+    assert (found.compile, found.expert_backend) == (False, "grouped")
+    assert said == ["notice: compiled training failed here (no kernel for compiled): trying a slower way"]
+    found, said = PretendedGPU(monkeypatch, broken=("compiled", "grouped")).find(fresh, compiled=True)
+    assert (found.compile, found.expert_backend, len(said)) == (False, "loop", 2)
+    with pytest.raises(DeviceError, match="no way of computing"):
+        PretendedGPU(monkeypatch, broken=("compiled", "grouped", "loop")).find(fresh, compiled=True)
+
+
+def test_trying_leaves_no_gradients_and_draws_no_random_numbers():
+    model, config = Transformer(SMALL), replace(presets()["debug"], model=replace(SMALL, max_position_embeddings=64))
+    before = torch.get_rng_state()
+    device.try_steps(model, model.losses, config, replace(CPU, micro_batch_size=1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_a_cpu_compiles_what_will_take_half_an_hour_and_a_loop_is_never_compiled(monkeypatch):
+    monkeypatch.setattr(device.shutil, "which", lambda name: "/usr/bin/c++")
+    tiny = on_cpu("tiny")
+    assert not resolve(tiny)[0].compile
+    assert resolve(replace(tiny, minutes=30.0))[0].compile
+    assert resolve(replace(tiny, steps=1_000_000))[0].compile
+    looped = replace(tiny, minutes=30.0, model=replace(tiny.model, expert_backend="loop"))
+    assert not resolve(looped)[0].compile
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    assert not resolve(replace(tiny, minutes=30.0))[0].compile

@@ -125,8 +125,12 @@ def test_its_experts_are_balanced_like_the_others():
 
 
 def test_a_dense_model_predicts_further_with_dense_layers():
-    config = replace(DEEP, first_k_dense_replace=3)
-    assert Transformer(config).moe_layers() == []
+    model = build(num_nextn_predict_layers=2, first_k_dense_replace=3)
+    assert model.moe_layers() == []
+    tokens, targets = torch.randint(64, (2, 2, 10))
+    losses = model.losses(tokens, targets)
+    assert losses.routing is None
+    torch.testing.assert_close(losses.mtp, torch.stack(naive(model, tokens, targets)), rtol=1e-4, atol=1e-4)
 
 
 def test_the_weight_falls_once():
@@ -138,11 +142,14 @@ def test_every_weight_of_it_is_trained_and_it_learns_to_look_ahead():
     model = Transformer(replace(DEEP, initializer_range=0.1))
     optimizers = Optimizers(model, OptimConfig())
     tokens = torch.randint(64, (4, 17))
+    before = {name: weight.detach().clone() for name, weight in model.mtp.named_parameters()}
     for _ in range(60):
         losses = accumulate(model.losses, [(tokens[:, :-1], tokens[:, 1:])], CPU, model, 0.3)
         optimizers.step(0.1)
         optimizers.zero_grad()
     assert losses.mtp.max() < 0.2
+    for name, weight in model.mtp.named_parameters():
+        assert not torch.equal(weight, before[name]), name
 
 
 def test_it_is_counted_apart():
