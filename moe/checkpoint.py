@@ -142,8 +142,11 @@ class RunFolder:
                 )
             config, runtime = from_dict(RunConfig, facts["config"]), from_dict(Runtime, facts["runtime"], "runtime")
             return config, runtime, dict(facts["data"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"{path} is no configuration of a run ({type(error).__name__}: {error})"
+            raise CheckpointError(f"{what}: put the run's own back, or train anew with another --out") from None
 
     def restore(self, model: Transformer, optimizers: Optimizers, average: Average) -> State:
         """The newest checkpoint into model, optimizers and average; where training stood."""

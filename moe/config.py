@@ -5,6 +5,7 @@ are checked here and nowhere else; a message names the field, its value and the 
 """
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field, replace
@@ -31,12 +32,14 @@ def require(condition: bool, message: str) -> None:
 
 def require_above(bound: float, config: Any, names: str) -> None:
     for name in names.split():
-        require(getattr(config, name) > bound, f"{name} = {getattr(config, name)} must be greater than {bound}")
+        value = getattr(config, name)
+        require(bound < value < math.inf, f"{name} = {value} must be finite and greater than {bound}")
 
 
 def require_not_negative(config: Any, names: str) -> None:
     for name in names.split():
-        require(getattr(config, name) >= 0, f"{name} = {getattr(config, name)} must not be negative")
+        value = getattr(config, name)
+        require(0 <= value < math.inf, f"{name} = {value} must be finite and not negative")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ class RopeScaling:
         if self.rope_type == "default":
             require(factor == 1, f"{name}factor = {factor} does nothing without a {name}rope_type: yarn or llama3")
             return
-        require(factor >= 1, f"{name}factor = {factor} must be at least 1: it stretches the context")
+        require(
+            1 <= factor < math.inf, f"{name}factor = {factor} must be at least 1 and finite: it stretches the context"
+        )
         original = self.original_max_position_embeddings
         require(
             original > 0,
@@ -176,6 +181,8 @@ class ModelConfig:
                 self.head_dim is not None or width % heads == 0,
                 f"num_attention_heads = {heads} must divide hidden_size = {width}, or give a head_dim",
             )
+            rank = self.q_lora_rank
+            require(rank is None, f"q_lora_rank = {rank} belongs to latent attention: leave it out, or choose that")
             rotary, name = self.query_head_dim, "head_dim"
         require(rotary > 0 and rotary % 2 == 0, f"{name} = {rotary} must be even, and above 0: rotation acts on pairs")
 
@@ -255,6 +262,9 @@ class DataConfig:
     max_bytes: int = 0  # read no more text than this; 0: all
 
     def __post_init__(self) -> None:
+        require(
+            bool(self.source.strip()), f"data.source = {self.source!r}: give a file, a folder, or a data set's name"
+        )
         require(
             self.tokenizer != "bpe" or self.vocab_size >= 257,
             f"data.vocab_size = {self.vocab_size} must be at least 257: 256 bytes and the end of text",

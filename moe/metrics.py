@@ -172,7 +172,7 @@ class Eta:
 
     def __call__(self, progress: float) -> float:
         made = progress - self.progress
-        return (time.monotonic() - self.began) / made * (1 - progress) if made > 0 else 0.0
+        return (time.monotonic() - self.began) / made * max(1 - progress, 0) if made > 0 else 0.0
 
 
 def clock(seconds: float) -> str:

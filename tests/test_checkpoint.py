@@ -332,7 +332,7 @@ def test_a_damaged_manifest_or_config_is_an_error_of_our_own(copy, content):
     with pytest.raises(CheckpointError):
         moe.load(copy)
     (copy / "config.json").write_text(content)
-    with pytest.raises(moe.MoeError):
+    with pytest.raises(moe.MoeError, match="train anew with another --out"):
         RunFolder(copy).read_setup()
 
 

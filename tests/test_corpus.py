@@ -664,3 +664,37 @@ def test_separate_windows_price_every_token_but_the_first_exactly_once(total, le
         if target != -100
     ]
     assert seen == [(i, i + 1) for i in range(total - 1)]
+
+
+def test_a_prepared_text_is_not_prepared_again_into_another_folder(prepared, tmp_path):
+    with pytest.raises(CorpusError, match="is prepared already"):
+        prepare(DataConfig(str(prepared.folder)), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said_so_at_once(tmp_path):
+    write(tmp_path / "file", "not a folder")
+    for place in (tmp_path / "file" / "out", Path("/proc/out")):
+        if place.parent.exists():
+            with pytest.raises(CorpusError, match="cannot be written"):
+                prepare(DataConfig(str(write(tmp_path / "a.txt", "text" * 9)), **BYTES), place)
+
+
+def test_lines_without_any_text_are_no_text(tmp_path):
+    with pytest.raises(CorpusError, match="no text"):
+        prepare(DataConfig(str(write(tmp_path / "a.jsonl", "\n\n\n")), **BYTES), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("line", ["[" * 200_000, "[1, 2]", "{", "3"])
+def test_a_line_that_is_no_object_is_named_with_what_is_expected(tmp_path, line):
+    source = write(tmp_path / "a.jsonl", '{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(SourceError, match=r"line 2: .*JSON object") as caught:
+        prepare(DataConfig(str(source), **BYTES), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_byte_order_mark_before_the_first_object_is_no_text(tmp_path):
+    source = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + b'{"text": "abcdefgh"}\n' * 4)
+    assert prepare(DataConfig(str(source), **BYTES), tmp_path / "out").characters("train") > 0

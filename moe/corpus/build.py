@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +42,8 @@ def prepare(
     """
     path = Path(config.source)
     if config.source not in DATA_SETS and (path / "corpus.json").exists():
+        if out:
+            raise CorpusError(f"{path} is prepared already: train on it as it is, or prepare the text itself anew")
         corpus = open_corpus(path)
         if tokenizer and corpus.tokenizer.hash != tokenizer.hash:
             raise CorpusError(
@@ -73,6 +76,8 @@ def prepare(
 @contextmanager
 def claimed(folder: Path, advance: Advance) -> Iterator[None]:
     """Only one process at a time makes a folder; others wait, and a lock dies with its process."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder.parent).close()  # where nothing can be written, a lock would be waited for
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     while not lock.is_locked:
         try:
@@ -102,7 +107,7 @@ def build(
         names: dict[str, list[str]] = {split: [] for split in SPLITS}
         for path, _ in finished_shards(folder):
             names[path.name.split("-")[0]].append(path.name)
-        if not names["train"]:
+        if not any(header.characters for path, header in finished_shards(folder) if path.name.startswith("train")):
             raise CorpusError("no text is left to train on: give more of it, or a smaller val-fraction")
         facts = {"format": FORMAT, "source": source.identity, "shards": names}
         write_whole(folder / "corpus.json", json.dumps(facts, indent=1).encode())

@@ -27,6 +27,8 @@ from moe.config import DataConfig, MoeError
 
 UNIT = 1 << 20  # bytes
 LOOK_AHEAD = 1 << 16  # bytes in which a place to cut is looked for
+FIELD = "--field (train.py: --data.field)"
+REPLACE = "--errors replace (train.py: --data.errors replace)"
 BLOCK = 1 << 20  # bytes read at a time where nothing is encoded
 SPLITS = ("train", "val", "test")
 Advance = Callable[[str, int, int], None]  # stage, done, total (0: unknown), in bytes: for a progress bar
@@ -213,17 +215,18 @@ def read_json_lines(data: bytes, path: Path, begin: int, field: str, errors: str
         if not line.strip():
             continue
         try:
-            text = text_of(json.loads(line.decode("utf-8", errors)), field)
+            text = text_of(json.loads(line.decode("utf-8", errors).removeprefix("\ufeff")), field)
         except UnicodeDecodeError as error:
             raise not_utf8(f"{path}, {line_name(path, begin, number)}: byte {error.start}", error) from None
-        except ValueError as error:
-            raise SourceError(f"{path}, {line_name(path, begin, number)}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            what = f"{path}, {line_name(path, begin, number)}: {error}"
+            raise SourceError(f"{what}; each line must be one JSON object with the text in a field") from None
         try:
             text.encode()
         except UnicodeEncodeError as error:  # "\ud83d" alone is JSON, but half a character
             if errors == "strict":
                 where = f"{path}, {line_name(path, begin, number)}: character {error.start} of {field!r}"
-                raise SourceError(f"{where} is half of a surrogate pair: mend it, or pass --errors replace") from None
+                raise SourceError(f"{where} is half of a surrogate pair: mend it, or pass {REPLACE}") from None
             text = text.encode("utf-8", "replace").decode()
         documents.append(text)
     return [text for text in documents if text]
@@ -235,9 +238,9 @@ def text_of(document: Any, field: str) -> str:
         raise ValueError(f"a JSON object with a field {field!r} is expected, not a {type(document).__name__}")
     if field not in document:
         names = ", ".join(document) or "none at all"
-        raise ValueError(f"there is no field {field!r}; its fields are {names}: name the one with the text by --field")
+        raise ValueError(f"there is no field {field!r}; its fields are {names}: name the one with the text by {FIELD}")
     if not isinstance(document[field], str):
-        raise ValueError(f"field {field!r} is a {type(document[field]).__name__}, not a text: name another by --field")
+        raise ValueError(f"field {field!r} is a {type(document[field]).__name__}, not a text: name another by {FIELD}")
     return document[field]
 
 
@@ -250,6 +253,5 @@ def line_name(path: Path, begin: int, number: int) -> str:
 
 def not_utf8(where: str, error: UnicodeDecodeError) -> SourceError:
     return SourceError(
-        f"{where} (0x{error.object[error.start]:02x}) is not UTF-8: mend or convert the file, or pass --errors replace "
-        "(train.py: --data.errors replace)"
+        f"{where} (0x{error.object[error.start]:02x}) is not UTF-8: mend or convert the file, or pass {REPLACE}"
     )

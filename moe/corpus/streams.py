@@ -136,7 +136,7 @@ class Stream:
 
     def __init__(self, home: str, name: str | None, config: DataConfig, packed: int = 0, sha256: str = "") -> None:
         """A name on the hub and that of a configuration there; or a local folder, its size and sha256."""
-        self.home, self.name, self.config, self.packed = home, name, config, packed
+        self.home, self.name, self.config, self.packed, self.local = home, name, config, packed, bool(sha256)
         self.total, self.train = config.max_bytes, 0
         known = [sha256 or home, name, config.max_bytes]
         self.identity = hashlib.sha256(json.dumps(known).encode()).hexdigest()
@@ -211,7 +211,7 @@ class Stream:
             raise
         except Exception as error:
             what = f"{self.home}: cannot be read ({type(error).__name__}: {first_line(error)})"
-            if self.packed:
+            if self.local:
                 raise SourceError(what) from None
             raise Unreachable(
                 f"{what}: with a network, the same command goes on where it stopped; without one, give a local copy of "
