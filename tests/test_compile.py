@@ -40,22 +40,28 @@ def _fresh():
     torch.compiler.reset()
 
 
+BOTH = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, {"attention": "grouped", "num_key_value_heads": 1, "qk_norm": "head"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"attention": "grouped", "num_key_value_heads": 1, "qk_norm": "head"}, marks=pytest.mark.slow)],
+)
 def test_a_step_is_one_graph_and_equals_eager(monkeypatch, changes, dtype):
     monkeypatch.setattr(room, "LOGITS", 16 * 64)  # logits in pieces
     model = build(expert_backend="grouped", num_nextn_predict_layers=1, balance_loss="switch", **changes)
     compare("aot_eager", model, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BOTH)
 def test_a_step_that_computes_layers_again_is_one_graph_and_equals_eager(dtype):
     model = build(expert_backend="grouped", n_group=4, topk_group=2, router_z_loss=0.1)
     model.activation_checkpointing = True
     compare("aot_eager", model, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BOTH)
 def test_generated_code_equals_eager(dtype):
     compare("inductor", build(expert_backend="grouped", num_hidden_layers=1, first_k_dense_replace=0), dtype)
 
