@@ -268,6 +268,9 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     model = Transformer(config.model)
     if start:
         load_model(model, start.checkpoint / "model.safetensors", optional="mtp.")
+        had, has = start.config.model.num_nextn_predict_layers, config.model.num_nextn_predict_layers
+        if had != has:
+            display.warn(f"notice: {config.init_from} has {had} modules of multi-token prediction, this run has {has}")
     model.to(runtime.device)
     optimizers = Optimizers(model, config.optim, runtime.torch_dtype)
     average = Average(model, config.optim.ema_decay)

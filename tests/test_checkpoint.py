@@ -185,12 +185,15 @@ def test_terms_of_multi_token_prediction_are_named_in_the_metrics_and_outside_th
     assert records[0]["loss"] == pytest.approx(5.56, abs=0.1)  # log 264, and no part of it twice
 
 
-def test_training_goes_on_from_another_runs_weights_with_and_without_multi_token_prediction(text):
+def test_training_goes_on_from_another_runs_weights_with_and_without_multi_token_prediction(text, capsys):
     options = ("--data", text, *FEATURES, "--steps", "1")
     assert run_training("--out", "plain", *options) == 0
     more = ("--model.num-nextn-predict-layers", "1")
     assert run_training("--out", "more", "--init-from", "plain", *options, *more, "--optim.muon-lr", "1e-9") == 0
     assert run_training("--out", "less", "--init-from", "more", *options, "--model.num-nextn-predict-layers", "0") == 0
+    notices = capsys.readouterr().err
+    assert "plain has 0 modules of multi-token prediction, this run has 1" in notices
+    assert "more has 1 modules of multi-token prediction, this run has 0" in notices
     plain, more = (moe.load(name).model.layers[0].self_attn.o_proj.weight for name in ("plain", "more"))
     torch.testing.assert_close(plain, more)
 
