@@ -127,6 +127,7 @@ class ModelConfig:
     # Feed-forward: the first layers dense, the others a mixture of experts (section 2.1.2)
     intermediate_size: int = 384
     first_k_dense_replace: int = 1
+    mlp_only_layers: tuple[int, ...] = ()  # further dense layers in between (Qwen3-MoE), counted from 0
     n_routed_experts: int = 16
     num_experts_per_tok: int = 2
     n_shared_experts: int = 1
@@ -136,6 +137,8 @@ class ModelConfig:
     routed_scaling_factor: float = 1.0
     n_group: int = 1
     topk_group: int = 1
+    # A group is worth its two best biased scores (V3), or its best alone (V2); greedy: all groups are kept
+    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
 
     num_nextn_predict_layers: int = 0  # modules for multi-token prediction (section 2.2), behind the last layer
 
@@ -158,6 +161,12 @@ class ModelConfig:
         require(self.hidden_dropout < 1, f"hidden_dropout = {self.hidden_dropout} must be below 1")
         require(
             self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank = {self.q_lora_rank}: give None for none"
+        )
+        strange = [layer for layer in self.mlp_only_layers if not 0 <= layer < self.num_hidden_layers]
+        require(
+            not strange,
+            f"mlp_only_layers = {self.mlp_only_layers}: {strange} are not among num_hidden_layers = "
+            f"{self.num_hidden_layers}, counted from 0",
         )
         self._check_attention()
         self._check_routing()
@@ -229,11 +238,12 @@ class ModelConfig:
 
     @property
     def num_moe_layers(self) -> int:
-        return max(self.num_hidden_layers - self.first_k_dense_replace, 0)
+        return sum(not self.is_dense(layer) for layer in range(self.num_hidden_layers))
 
     def is_dense(self, layer: int) -> bool:
         """Whether this layer has no experts. Those of multi-token prediction, which come after, are like the last."""
-        return min(layer, self.num_hidden_layers - 1) < self.first_k_dense_replace
+        layer = min(layer, self.num_hidden_layers - 1)
+        return layer < self.first_k_dense_replace or layer in self.mlp_only_layers
 
     @property
     def router_learns_nothing(self) -> bool:
@@ -431,6 +441,9 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         return from_dict(typing.cast(type, hint), value, where)
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) is tuple:
+        require(isinstance(value, list | tuple), f"{where} = {value!r} must be a list")
+        return tuple(_typed(typing.get_args(hint)[0], item, f"{where}[{at}]") for at, item in enumerate(value))
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     choices: list[Any] = []  # values as they stand
     kinds: list[type] = []

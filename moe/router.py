@@ -78,12 +78,11 @@ class Router(nn.Module):
     def select(self, biased: Tensor) -> Tensor:
         """The K best experts of each token, of its `topk_group` best groups only. (T, E) -> (T, K)."""
         config = self.config
-        if config.topk_group < config.n_group:
+        if config.topk_group < config.n_group and config.topk_method != "greedy":
             grouped = biased.unflatten(-1, (config.n_group, -1))  # (T, G, E/G)
-            best_two = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)  # (T, G)
-            kept = torch.zeros_like(best_two, dtype=torch.bool).scatter_(
-                -1, best_two.topk(config.topk_group).indices, True
-            )
+            counted = min(2 if config.topk_method == "noaux_tc" else 1, grouped.shape[-1])
+            worth = grouped.topk(counted, dim=-1).values.sum(-1)  # (T, G)
+            kept = torch.zeros_like(worth, dtype=torch.bool).scatter_(-1, worth.topk(config.topk_group).indices, True)
             biased = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(
                 -2
             )  # not 0: biased scores may be negative

@@ -24,10 +24,11 @@ def test_the_default_model_is_deepseek_v3_balanced_by_both_its_means():
     assert presets()["tiny"].train.sequence_length >= 256
 
 
-def test_fields_carry_the_names_of_transformers_deepseek_v3_config():
-    from transformers import DeepseekV3Config
+def test_fields_carry_the_names_of_transformers_configs():
+    from transformers import DeepseekV2Config, DeepseekV3Config, Qwen3MoeConfig
 
-    theirs = DeepseekV3Config().to_dict().keys() | {"rope_theta", "rope_scaling", "aux_loss_alpha", "scoring_func"}
+    theirs = {name for kind in (DeepseekV3Config, DeepseekV2Config, Qwen3MoeConfig) for name in kind().to_dict()}
+    theirs |= {"rope_theta", "rope_scaling", "aux_loss_alpha", "scoring_func"}
     ours = {item.name for item in fields(ModelConfig)}
     own = {"hidden_dropout", "bias_update_speed", "balance_loss", "router_z_loss", "expert_backend"}
     own |= {"attention", "attention_output_bias", "qk_norm"}  # classes of their own in transformers, not fields

@@ -24,12 +24,14 @@ from moe.router import (
 
 
 def by_hand(scores, bias, config: ModelConfig):
-    """DeepSeek-V3's choice and gates for one token, in plain Python."""
+    """DeepSeek's choice and gates for one token, in plain Python."""
     experts, per_group = len(scores), len(scores) // config.n_group
     biased = [score + offset for score, offset in zip(scores, bias, strict=True)]
     groups = [range(group * per_group, (group + 1) * per_group) for group in range(config.n_group)]
-    worth = [sum(sorted((biased[i] for i in group), reverse=True)[:2]) for group in groups]
+    counted = {"noaux_tc": 2, "group_limited_greedy": 1, "greedy": 0}[config.topk_method]
+    worth = [sum(sorted((biased[i] for i in group), reverse=True)[:counted]) for group in groups]
     kept = sorted(range(config.n_group), key=lambda group: -worth[group])[: config.topk_group]
+    kept = kept if counted else range(config.n_group)
     allowed = [i for i in range(experts) if i // per_group in kept]
     chosen = sorted(allowed, key=lambda i: -biased[i])[: config.num_experts_per_tok]
     gates = [scores[i] for i in chosen]
@@ -44,9 +46,10 @@ def by_hand(scores, bias, config: ModelConfig):
     st.booleans(),
     st.sampled_from([1.0, 2.5]),
     st.sampled_from(["sigmoid", "softmax"]),
+    st.sampled_from(["noaux_tc", "group_limited_greedy", "greedy"]),
     st.integers(0, 1000),
 )
-def test_choice_and_gates_are_those_worked_by_hand(shape, top_k, normalized, scale, scoring, seed):
+def test_choice_and_gates_are_those_worked_by_hand(shape, top_k, normalized, scale, scoring, method, seed):
     experts, groups, kept = shape
     config = ModelConfig(
         hidden_size=5,
@@ -57,6 +60,7 @@ def test_choice_and_gates_are_those_worked_by_hand(shape, top_k, normalized, sca
         norm_topk_prob=normalized,
         routed_scaling_factor=scale,
         scoring_func=scoring,
+        topk_method=method,
         initializer_range=1.0,
     )
     torch.manual_seed(seed)
@@ -70,6 +74,13 @@ def test_choice_and_gates_are_those_worked_by_hand(shape, top_k, normalized, sca
         wanted = by_hand(scores[token].tolist(), router.expert_bias.tolist(), config)
         got = dict(zip(routing.chosen[token].tolist(), routing.gates[token].tolist(), strict=True))
         assert got == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_group_is_worth_its_two_best_experts_in_v3_and_its_best_alone_in_v2():
+    scores = torch.tensor([[0.9, 0.1, 0.6, 0.5]])
+    config = ModelConfig(hidden_size=4, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1)
+    for method, wanted in (("noaux_tc", [2, 3]), ("group_limited_greedy", [0, 1]), ("greedy", [0, 2])):
+        assert sorted(Router(replace(config, topk_method=method)).select(scores)[0].tolist()) == wanted
 
 
 def test_the_group_mask_holds_when_every_biased_score_is_negative():
