@@ -37,6 +37,7 @@ PLAIN_NAME = re.compile(r"[^/\\:]+\.safetensors")  # no path: nothing that could
 SCALE = "_scale_inv"
 
 FP8 = torch.float8_e4m3fn
+BLOCK = (128, 128)  # DeepSeek's
 READABLE = (torch.float32, torch.float16, torch.bfloat16)
 SCALES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
 DTYPES = {  # safetensors' names; those torch cannot hold are not among them
@@ -132,26 +133,25 @@ class Folder:
 
     def _check_scales(self) -> None:
         """Every FP8 weight has the scales of its blocks, and all scales have an FP8 weight."""
-        if self._block is None and (self.quantised or self._scales):
+        if self.config.get("quantization_config") is None and (self.quantised or self._scales):
             what = f"{self.path} holds FP8 weights or scales"
             raise HubError(f"{what}, but its {CONFIG} has no quantization_config: download the folder again")
         for name in sorted(self.quantised):
-            self._check_scales_of(name, self._block)
+            self._check_scales_of(name)
         if strays := sorted(self._scales.keys() - {name + SCALE for name in self.quantised}):
-            raise HubError(
-                f"{self._scales[strays[0]].file}: {strays[0]} scales no FP8 weight: download the folder again"
-            )
+            file = self._scales[strays[0]].file
+            raise HubError(f"{file}: {strays[0]} scales no FP8 weight: download the folder again")
 
-    def _check_scales_of(self, name: str, block: tuple[int, int]) -> None:
+    def _check_scales_of(self, name: str) -> None:
         weight, scales = self.tensors[name], self._scales.get(name + SCALE)
         if scales is None:
             raise HubError(f"{weight.file}: {name} is FP8 but has no {name + SCALE}: download the folder again")
         if len(weight.shape) != 2:
             raise HubError(f"{weight.file}: {name} is FP8 of shape {weight.shape}: only matrices have blocks")
-        shape = tuple(-(-size // side) for size, side in zip(weight.shape, block, strict=True))
+        shape = tuple(-(-size // side) for size, side in zip(weight.shape, self._block, strict=True))
         if scales.shape != shape or scales.dtype not in SCALES:
             found = f"{name + SCALE} is {scales.dtype} of shape {scales.shape}"
-            raise HubError(f"{scales.file}: {found} instead of float32 of {shape}, for blocks of {block}")
+            raise HubError(f"{scales.file}: {found} instead of float32 of {shape}, for blocks of {self._block}")
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -230,10 +230,10 @@ def read_header(file: Path) -> dict[str, Stored]:
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
             raise HubError(f"{file}: {name} is stored as {entry['dtype']}: convert it to float32, float16 or bfloat16")
-    return {name: stored(file, entry, 8 + length) for name, entry in header.items()}
+    return {name: located(file, entry, 8 + length) for name, entry in header.items()}
 
 
-def stored(file: Path, entry: dict[str, Any], data: int) -> Stored:
+def located(file: Path, entry: dict[str, Any], data: int) -> Stored:
     """One entry of a header; its offsets count from `data`."""
     start, end = (data + offset for offset in entry["data_offsets"])
     return Stored(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end)
@@ -246,7 +246,7 @@ def read_tensor(stored: Stored) -> Tensor:
     try:
         with open(stored.file, "rb") as opened:
             opened.seek(stored.start)
-            read = opened.readinto(memoryview(data.numpy()))
+            read = opened.readinto(data.numpy().data)
     except OSError as error:
         raise HubError(f"{stored.file} cannot be read: {error.strerror}") from None
     if read != len(data):
@@ -254,11 +254,11 @@ def read_tensor(stored: Stored) -> Tensor:
     return data.view(stored.dtype).view(stored.shape)
 
 
-def block_size(file: Path, settings: Any) -> tuple[int, int] | None:
-    """Rows and columns of FP8 weights that share a scale, as quantization_config has it; None without one. Raises
-    HubError for every other way to quantise."""
+def block_size(file: Path, settings: Any) -> tuple[int, int]:
+    """Rows and columns of FP8 weights that share a scale. settings: quantization_config, or None. Raises HubError for
+    every other way to quantise."""
     if settings is None:
-        return None
+        return BLOCK
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     if method != "fp8":
         what = f"{file}: quantization_config has quant_method {method!r}, of which only fp8 can be read"
@@ -266,7 +266,7 @@ def block_size(file: Path, settings: Any) -> tuple[int, int] | None:
     if (fmt := settings.get("fmt", "e4m3")) != "e4m3":
         what = f"{file}: quantization_config has fmt {fmt!r}, of which only e4m3 can be read"
         raise HubError(f"{what}: take the model's checkpoint that is not quantised")
-    block = settings.get("weight_block_size", [128, 128])  # DeepSeek's
+    block = settings.get("weight_block_size", list(BLOCK))
     if not isinstance(block, list) or len(block) != 2 or not all(type(side) is int and side > 0 for side in block):
         what = f"{file}: quantization_config has weight_block_size {block!r} instead of two positive integers"
         raise HubError(f"{what}: take the model's checkpoint that is not quantised")
@@ -278,8 +278,8 @@ def dequantise(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor
     product = weight.float()
     rows, columns = (min(side, size) for side, size in zip(block, weight.shape, strict=True))
     block_of = torch.arange(weight.shape[1]) // columns  # (N,)
-    for index, scale in enumerate(scales):  # one band of rows at a time: the scales are never spread out whole
-        product[index * rows : (index + 1) * rows] *= scale[block_of]
+    for row in range(0, len(product), rows):  # a band at a time, so that the scales are never spread out whole
+        product[row : row + rows] *= scales[row // rows][block_of]
     return product
 
 
