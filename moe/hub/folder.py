@@ -91,7 +91,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
             raise HubError(f"{path} is no folder: give one with a {CONFIG} and .safetensors files")
-        if not (path / CONFIG).is_file():
+        if not os.path.isfile(path / CONFIG):
             raise HubError(f"{path} has no {CONFIG}: give a folder as transformers' save_pretrained writes it")
         self.path = path
         self.config = read_object(path / CONFIG)
@@ -171,9 +171,9 @@ def read_object(file: Path) -> dict[str, Any]:
 
 def list_tensors(path: Path) -> dict[str, Stored]:
     """All that a folder's headers list. Raises HubError."""
-    if (path / SINGLE).is_file():  # before an index, as transformers does
+    if os.path.isfile(path / SINGLE):  # before an index, as transformers does
         return read_header(path / SINGLE)
-    if (path / INDEX).is_file():
+    if os.path.isfile(path / INDEX):
         return read_shards(path, read_index(path / INDEX))
     if pickles := sorted(file for pattern in PICKLES for file in path.glob(pattern)):
         raise HubError(
@@ -191,7 +191,7 @@ def read_index(file: Path) -> dict[str, str]:
     for shard in sorted(set(weight_map.values())):
         if not PLAIN_NAME.fullmatch(shard):
             raise HubError(f"{file} names the shard {shard!r}: only .safetensors files of the same folder are opened")
-        if not (file.parent / shard).is_file():
+        if not os.path.isfile(file.parent / shard):
             raise HubError(f"{file} names {shard}, which is missing: download the folder whole")
     return weight_map
 
