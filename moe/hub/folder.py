@@ -310,8 +310,8 @@ def write_folder(
     files: what else belongs there: a file's content by its name, or a function that writes into the folder it is given.
     shard_bytes: where the next shard begins; a larger tensor gets one of its own. Memory holds one shard.
 
-    Raises HubError if `path` is there already, before any work, and if it cannot be written. Whatever `read` and the
-    functions raise passes through; nothing is left behind then either.
+    Raises HubError if `path` is there already, before any work, and if it cannot be written, as which an OSError of
+    `read` and of the functions counts. What else they raise passes through. Nothing is left behind in any case.
     """
     with whole_or_nothing(path) as passing:
         write_files(passing, {CONFIG: json.dumps(config, indent=2).encode(), **files})
