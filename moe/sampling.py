@@ -70,7 +70,7 @@ def decode(
         with torch.inference_mode():
             fresh = window if cache is None else window[:, -1:]
             if cache is None and use_cache:
-                cache = Cache(model.config, len(window), context, weight.device, weight.dtype)
+                cache = Cache(model.config, len(window), window.shape[1], weight.device, weight.dtype)
             new = draw(model(fresh, cache)[:, -1, :vocab_size], config, generator)
         window = torch.cat((window, new[:, None]), dim=1)
         yield new

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe
+from moe.attention import Cache
 from moe.config import ConfigError, SampleConfig
 from moe.sampling import SamplingError, draw
 
@@ -30,6 +31,23 @@ def test_grouped_attention_writes_the_same_cached_and_uncached(interleaved):
     tokens = torch.randint(64, (2, 10))
     cached, uncached = (moe.generate(model, tokens, 60, temperature=0.0, use_cache=use) for use in (True, False))
     assert cached.equal(uncached)
+
+
+@pytest.mark.parametrize("attention", ["latent", "grouped"])
+def test_the_cache_follows_the_text_and_changes_no_token(attention, monkeypatch):
+    model, tokens = build(attention=attention, max_position_embeddings=1000).eval(), torch.randint(64, (2, 10))
+    caches = []
+
+    def write(room: int | None) -> torch.Tensor:
+        def kept(config, batch, length, *rest):
+            caches.append(Cache(config, batch, room or length, *rest))
+            return caches[-1]
+
+        monkeypatch.setattr("moe.sampling.Cache", kept)
+        return moe.generate(model, tokens, 60, temperature=0.0)
+
+    assert write(None).equal(write(1000))
+    assert [cache.entries[0].shape[1] for cache in caches] == [80, 1000]
 
 
 def test_greedy_decoding_is_the_argmax_of_the_plain_forward():
