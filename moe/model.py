@@ -113,10 +113,14 @@ class Transformer(nn.Module):
         depths = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
         self.mtp = nn.ModuleList(MTPModule(config, layer) for layer in depths)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.tie()
         self.activation_checkpointing = False  # train.py sets what its configuration says
         self.reset_parameters()
+
+    def tie(self) -> None:
+        """Make the head's weights the embedding's, if so configured; again after `to_empty`, which parts them."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def reset_parameters(self) -> None:
         """Normal(0, initializer_range); what writes to the residual stream is smaller by sqrt(2 * layers), so that
