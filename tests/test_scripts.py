@@ -90,6 +90,8 @@ def test_samples_as_json_are_one_object_and_nothing_else(trained):
         "-",
         "--top-k",
         "5",
+        "--dtype",
+        "bfloat16",
     )
     result = json.loads(said(run(*command, cwd=trained[0], stdin=b"KING \xff")))
     assert result["prompt"] == "KING \ufffd"
@@ -104,6 +106,11 @@ def test_scoring_a_file(trained):
     assert "bits per byte" in said(
         run("-m", "moe.lab", "score", "out/debug", "a.txt", "--windows", "separate", cwd=folder)
     )
+    rounded = json.loads(
+        said(run("-m", "moe.lab", "score", "out/debug", "a.txt", "--json", "--dtype", "bfloat16", cwd=folder))
+    )
+    assert rounded["nats_per_token"] == pytest.approx(result["nats_per_token"], rel=0.02)
+    assert rounded["nats_per_token"] != result["nats_per_token"]
 
 
 def test_preparing_and_training_on_a_text_of_ones_own(tmp_path):
