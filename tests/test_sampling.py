@@ -50,6 +50,13 @@ def test_the_cache_follows_the_text_and_changes_no_token(attention, monkeypatch)
     assert [cache.entries[0].shape[1] for cache in caches] == [80, 1000]
 
 
+def test_of_a_prompt_only_the_last_tokens_logits_are_made():
+    model, made = build().eval(), []
+    model.lm_head.register_forward_hook(lambda module, given, out: made.append(out.numel()))
+    moe.generate(model, torch.randint(64, (2, 30)), 3)
+    assert made == [2 * 64] * 3
+
+
 @pytest.mark.parametrize("attention", ["latent", "grouped"])
 @pytest.mark.parametrize("backend", ["loop", "grouped", "gather", "auto"])
 def test_in_bfloat16_a_model_writes_and_its_logits_stay_near(attention, backend):
