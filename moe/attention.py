@@ -41,8 +41,8 @@ class Cache:
     """What all positions so far leave behind in every layer: config.cache_width numbers per token and layer.
 
     There is room for `length` positions at first. A full layer moves to twice the room, but no more than the context
-    takes: over a whole text less than two copies of each entry, and never one of all layers at once. A context of
-    131,072 positions, 34 GB for Llama 3.1, is paid for as far as the text goes.
+    takes: all its moves together copy less than twice what it holds in the end, and only one layer is there twice at a
+    time. So the 131,072 positions of Llama 3.1, 34 GB in float32, are paid for as far as the text goes.
     """
 
     def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> None:

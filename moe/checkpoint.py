@@ -336,7 +336,7 @@ def load(
     its weights and so of all products; bfloat16 takes half the memory. Raises DeviceError when they do not fit."""
     if dtype not in get_args(Dtype):
         raise CheckpointError(f"dtype = {dtype} is not known: give one of {', '.join(get_args(Dtype))}, as a string")
-    stored, where = open_run(path, checkpoint), resolve_device(device)[0]
+    where, stored = resolve_device(device)[0], open_run(path, checkpoint)
     with torch.device("meta"):  # no memory yet, and no random numbers for the file to overwrite
         model = Transformer(stored.config.model).to(getattr(torch, dtype))
     check_room(sum(tensor.nbytes for tensor in tensors_of(model).values()), where, dtype, stored.checkpoint)

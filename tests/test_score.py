@@ -80,6 +80,13 @@ def test_separate_windows_are_the_validation_loss_of_training(debug_run):
     assert score(run, text[:20_000]).nats < score(run, text[:20_000], "separate").nats
 
 
+def test_in_bfloat16_a_text_costs_nearly_the_same(debug_run):
+    text = TEXT.read_bytes()[-3000:]
+    exact, rounded = (score(moe.load(debug_run, dtype=dtype), text).nats for dtype in ("float32", "bfloat16"))
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, rel=2e-3)
+
+
 def whole_logits(model, batches):
     """Prices from the logits of all of a batch at once."""
     parts = []
