@@ -18,6 +18,7 @@ import tyro
 import moe
 from moe.checkpoint import Run
 from moe.config import SampleConfig
+from moe.device import Dtype
 from moe.sampling import SamplingError, sample, to_stderr
 
 
@@ -34,6 +35,7 @@ class Arguments:
     min_p: float = 0.0  # leave out what is less likely than this fraction of the most likely
     num_samples: int = 1  # made together, as one batch
     seed: int | None = None
+    dtype: Dtype = "float32"  # of the weights and of all products; bfloat16 takes half the memory
     json: bool = False  # one JSON object: prompt, samples[{text, tokens}]
 
 
@@ -113,7 +115,7 @@ def main() -> int:
             raise SamplingError("--max-new-tokens must not be negative, and --num-samples at least 1")
         config = SampleConfig(args.temperature, args.top_k, args.top_p, args.min_p)
         prompt = read_prompt(args)
-        run = moe.load(args.run)
+        run = moe.load(args.run, dtype=args.dtype)
         if args.interactive:
             converse(lambda line: show(run, args, line, config))
         else:

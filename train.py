@@ -29,6 +29,7 @@ from moe.checkpoint import (
     RunFolder,
     State,
     load_model,
+    open_run,
     random_state,
     read_state,
     set_random_state,
@@ -84,7 +85,10 @@ def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
     if name not in presets():
         raise ConfigError(f"--preset {name} is not known: there are {', '.join(presets())}")
     folder = RunFolder(Path(known.out)) if known.out else default_folder(name, new=known.resume in (None, "never"))
-    stored = folder.read_setup()[0] if known.resume in ("auto", "must") and folder.checkpoints() else None
+    stored = None
+    if known.resume in ("auto", "must") and folder.checkpoints():
+        folder.check_continuable()
+        stored = folder.read_setup()[0]
     base = stored if stored and known.preset in (None, stored.preset) else presets()[name]
     if known.init_from and not stored:  # the model is that run's, unless told otherwise
         base = replace(base, model=RunFolder(Path(known.init_from)).read_setup()[0].model)
@@ -249,7 +253,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         reuse_memory()
 
     # -- text ----------------------------------------------------------------------------------------------------------
-    start = moe.load(config.init_from, "cpu") if config.init_from and not resuming else None
+    start = open_run(config.init_from) if config.init_from and not resuming else None
     tokenizer = start.tokenizer if start else None
     if config.init_from and resuming:  # the weights are the run's own by now, and so is the tokenizer
         tokenizer = Tokenizer.load(folder.path / "tokenizer.json")

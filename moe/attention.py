@@ -38,23 +38,33 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Cache:
-    """Room for what `length` positions leave behind in every layer, allocated once: config.cache_width numbers per
-    token and layer."""
+    """What all positions so far leave behind in every layer: config.cache_width numbers per token and layer.
+
+    There is room for `length` positions at first. A full layer moves to twice the room, but no more than the context
+    takes: all its moves together copy less than twice what it holds in the end, and only one layer is there twice at a
+    time. So the 131,072 positions of Llama 3.1, 34 GB in float32, are paid for as far as the text goes.
+    """
 
     def __init__(self, config: ModelConfig, batch: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.num_hidden_layers, batch, length, config.cache_width)
-        self.entries = torch.zeros(shape, device=device, dtype=dtype)
+        shape, layers = (batch, length, config.cache_width), range(config.num_hidden_layers)
+        self.entries = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
+        self.context = config.max_position_embeddings
         self.length = 0  # positions filled; the model moves it once all layers have written
-
-    @property
-    def capacity(self) -> int:
-        return self.entries.shape[2]
 
     def append(self, layer: int, entries: Tensor) -> Tensor:
         """Write (B, S, width) behind what is there; the whole of it back, (B, L, width)."""
         end = self.length + entries.shape[1]
-        self.entries[layer, :, self.length : end] = entries
-        return self.entries[layer, :, :end]
+        if end > self.entries[layer].shape[1]:
+            self.grow(layer, end)
+        self.entries[layer][:, self.length : end] = entries
+        return self.entries[layer][:, :end]
+
+    def grow(self, layer: int, needed: int) -> None:
+        full = self.entries[layer]
+        batch, length, width = full.shape
+        roomier = full.new_empty(batch, max(needed, min(2 * length, self.context)), width)
+        roomier[:, : self.length] = full[:, : self.length]
+        self.entries[layer] = roomier
 
 
 class LatentAttention(nn.Module):
@@ -82,9 +92,9 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = self.queries(x, table)
         entries = self.latents(x, table)
         past = cache.length if cache is not None else 0
-        if cache is not None:
-            entries = cache.append(layer, entries)
-        attended = self.absorbed(q_nope, q_rope, entries) if past else self.expanded(q_nope, q_rope, entries)
+        seen = cache.append(layer, entries) if cache is not None else entries
+        # From the start on, the fresh entries: those in the cache are the same, but strided by the room it has
+        attended = self.absorbed(q_nope, q_rope, seen) if past else self.expanded(q_nope, q_rope, entries)
         return self.o_proj(rearrange(attended, "b h s v -> b s (h v)"))
 
     def queries(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor]:
@@ -150,6 +160,7 @@ class GroupedQueryAttention(nn.Module):
         past = cache.length if cache is not None else 0
         if cache is not None:
             entries = cache.append(layer, rearrange([key, value], "two b g s d -> b s (two g d)"))
+        if past:
             key, value = rearrange(entries, "b l (two g d) -> two b g l d", two=2, g=self.config.key_value_heads)
         attended = self.behind_cache(query, key, value) if past else self.from_start(query, key, value)
         return self.o_proj(rearrange(attended, "b h s d -> b s (h d)"))

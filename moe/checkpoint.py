@@ -5,7 +5,8 @@ when whole.
     checkpoints/00000500/  model.safetensors  optimizer.safetensors  state.json  manifest.json
 
 A checkpoint is written beside the others under a passing name; its files are synced, then the manifest with their
-sizes and sha256, then the folder is renamed. One without a manifest does not exist. Nothing is pickled.
+sizes and sha256, then the folder is renamed. One without a manifest does not exist. Nothing is pickled. An imported
+model has no optimizer.safetensors: it is there to be used, and to start a training from, but not to be continued.
 """
 
 import base64
@@ -20,24 +21,26 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moe.config import ConfigError, MoeError, RunConfig, from_dict, to_dict
 from moe.data import Cursor
-from moe.device import Runtime, hardware, resolve_device
+from moe.device import Dtype, Runtime, check_room, hardware, resolve_device
 from moe.files import sync, sync_folder, write_whole
 from moe.model import Transformer
 from moe.optim import Average, Optimizers
 from moe.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
+OPTIMIZER = "optimizer.safetensors"
 FORMAT = 2  # of config.json
+Shape = tuple[int, ...]
 
 
 class CheckpointError(MoeError):
@@ -148,11 +151,21 @@ class RunFolder:
             what = f"{path} is no configuration of a run ({type(error).__name__}: {error})"
             raise CheckpointError(f"{what}: put the run's own back, or train anew with another --out") from None
 
+    def check_continuable(self) -> None:
+        """Raises CheckpointError when the newest checkpoint never had an optimizer: it is an imported model."""
+        checkpoint = self.checkpoints()[-1]
+        if OPTIMIZER not in read_manifest(checkpoint):
+            raise CheckpointError(
+                f"{self.path} holds an imported model, not a training run: start from it with --init-from {self.path}, "
+                "and choose another --out"
+            )
+
     def restore(self, model: Transformer, optimizers: Optimizers, average: Average) -> State:
         """The newest checkpoint into model, optimizers and average; where training stood."""
         checkpoint = self.checkpoints()[-1]
         verify(checkpoint)
-        tensors = load_tensors(checkpoint / "optimizer.safetensors")
+        self.check_continuable()
+        tensors = load_tensors(checkpoint / OPTIMIZER)
         with average.applied():
             load_model(model, checkpoint / "model.safetensors")
             average.load_state(tensors)
@@ -169,7 +182,7 @@ class RunFolder:
             save_file(
                 {name: tensor.detach() for name, tensor in tensors_of(model).items()}, passing / "model.safetensors"
             )
-            save_file(dict(optimizer), passing / "optimizer.safetensors")
+            save_file(dict(optimizer), passing / OPTIMIZER)
             (passing / "state.json").write_text(json.dumps(asdict(state)), "utf-8")
             files = {}
             for path in sorted(passing.iterdir()):
@@ -196,17 +209,25 @@ def remove_checkpoint(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def verify(checkpoint: Path) -> None:
-    """Raises CheckpointError unless every file is what the manifest says."""
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Size and sha256 of each file, by its name."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text("utf-8"))["files"]
-        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        return dict(json.loads((checkpoint / MANIFEST).read_text("utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / MANIFEST}: {error}") from None
+
+
+def verify(checkpoint: Path) -> None:
+    """Raises CheckpointError unless every file is what the manifest says, model and state among them."""
+    files = read_manifest(checkpoint)
+    try:
+        for name in sorted({"model.safetensors", "state.json", *files}):
             path, expected = checkpoint / name, files[name]
             if path.stat().st_size != expected["size"] or sha256_of(path) != expected["sha256"]:
                 raise CheckpointError(
                     f"{path} is damaged, its size or sha256 is not the manifest's: remove the folder to use an older"
                 )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint}: {error}") from None
 
 
@@ -224,23 +245,34 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_model(model: nn.Module, path: Path, optional: str | None = None) -> None:
-    """Copy a file's tensors into the model. Raises CheckpointError listing what is missing, unexpected or of another
-    shape. optional: names that begin so may be on one side only."""
-    stored, wanted = load_tensors(path), tensors_of(model)
-    if optional:
-        stored, wanted = (
-            {name: tensor for name, tensor in one.items() if name in other or not name.startswith(optional)}
-            for one, other in ((stored, wanted), (wanted, stored))
-        )
-    wrong = [f"{name} is missing" for name in wanted.keys() - stored.keys()]
-    wrong += [f"{name} is not known" for name in stored.keys() - wanted.keys()]
-    for name in wanted.keys() & stored.keys():
-        if (found := tuple(stored[name].shape)) != (shape := tuple(wanted[name].shape)):
+    """Copy a file's tensors into the model one at a time, in the model's dtypes. Raises CheckpointError listing what is
+    missing, unexpected or of another shape, before any is copied. optional: names that begin so may be on one side
+    only."""
+    tensors = tensors_of(model)
+    try:
+        with safe_open(path, framework="pt") as file:  # maps the file: what is not read takes no memory
+            names = list(file.keys())
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            wrong = misfits(stored, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, optional)
+            if wrong:
+                raise CheckpointError(f"{path} does not fit this model: {'; '.join(wrong[:5])}")
+            for name in (name for name in names if name in tensors):
+                tensors[name].copy_(file.get_tensor(name))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def misfits(stored: dict[str, Shape], wanted: dict[str, Shape], optional: str | None = None) -> list[str]:
+    """What keeps a file's tensors from being a model's, by their shapes. optional: see load_model."""
+    wrong = []
+    for name in sorted(stored.keys() | wanted.keys()):
+        found, shape = stored.get(name), wanted.get(name)
+        if found is None or shape is None:
+            if not (optional and name.startswith(optional)):
+                wrong.append(f"{name} is {'missing' if found is None else 'not known'}")
+        elif found != shape:
             wrong.append(f"{name} is {found} instead of {shape}")
-    if wrong:
-        raise CheckpointError(f"{path} does not fit this model: {'; '.join(sorted(wrong)[:5])}")
-    for name, tensor in wanted.items():
-        tensor.copy_(stored[name])
+    return wrong
 
 
 def read_state(checkpoint: Path) -> State:
@@ -297,9 +329,32 @@ def newest_run(under: Path = Path("out")) -> Path:
     return max(runs, key=lambda folder: folder.checkpoints()[-1].stat().st_mtime).path
 
 
-def load(path: str | Path | None = None, device: str = "auto", checkpoint: Path | None = None) -> Run:
-    """Open a run's newest checkpoint, in float32 and evaluation mode. path: its folder; by default the newest under
-    out/."""
+def load(
+    path: str | Path | None = None, device: str = "auto", checkpoint: Path | None = None, dtype: Dtype = "float32"
+) -> Run:
+    """Open a run's newest checkpoint, in evaluation mode. path: its folder; by default the newest under out/. dtype: of
+    its weights and so of all products; bfloat16 takes half the memory. Raises DeviceError when they do not fit."""
+    if dtype not in get_args(Dtype):
+        raise CheckpointError(f"dtype = {dtype} is not known: give one of {', '.join(get_args(Dtype))}, as a string")
+    where, stored = resolve_device(device)[0], open_run(path, checkpoint)
+    with torch.device("meta"):  # no memory yet, and no random numbers for the file to overwrite
+        model = Transformer(stored.config.model).to(getattr(torch, dtype))
+    check_room(sum(tensor.nbytes for tensor in tensors_of(model).values()), where, dtype, stored.checkpoint)
+    model.to_empty(device=where).tie()
+    load_model(model, stored.checkpoint / "model.safetensors")
+    return Run(model.eval(), stored.tokenizer, stored.config, stored.checkpoint)
+
+
+class StoredRun(NamedTuple):
+    """A run as it lies on the disk: all but its tensors."""
+
+    tokenizer: Tokenizer
+    config: RunConfig
+    checkpoint: Path
+
+
+def open_run(path: str | Path | None = None, checkpoint: Path | None = None) -> StoredRun:
+    """A run's newest checkpoint, verified, and what belongs to it. path: as of `load`."""
     folder = RunFolder(Path(path) if path is not None else newest_run())
     complete = folder.checkpoints()
     if not complete:
@@ -311,6 +366,4 @@ def load(path: str | Path | None = None, device: str = "auto", checkpoint: Path 
     if tokenizer.hash != data.get("tokenizer") or tokenizer.vocab_size > config.model.vocab_size:
         path = folder.path / "tokenizer.json"
         raise CheckpointError(f"{path} is not the tokenizer this run was trained with: put the run's own back")
-    model = Transformer(config.model)
-    load_model(model, checkpoint / "model.safetensors")
-    return Run(model.to(resolve_device(device)[0]).eval(), tokenizer, config, checkpoint)
+    return StoredRun(tokenizer, config, checkpoint)

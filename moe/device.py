@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +21,7 @@ from moe.experts import choose_backend
 from moe.model import Losses, Transformer
 
 LossFunction = Callable[..., Losses]
+Dtype = Literal["float32", "bfloat16"]
 CPU_SHARE = 0.25  # of the memory, for activations: a laptop has other things to do
 GPU_SHARE = 0.92
 UNKNOWN_MEMORY = 8 << 30  # where the system does not say
@@ -135,6 +136,18 @@ def check_memory(config: RunConfig, device: str) -> None:
         raise DeviceError(
             f"to train {size.total / 1e9:,.1f}B parameters takes {size.training_bytes / 1e9:,.0f} GB for weights, "
             f"gradients and momentum alone; {device} has {memory / 1e9:,.0f} GB: choose a smaller --preset or model"
+        )
+
+
+def check_room(needed: int, device: str, dtype: str, what: object) -> None:
+    """Raises DeviceError where not even a model's weights fit, so many bytes of them."""
+    memory = machine_bytes(device)
+    if memory and needed >= memory:
+        where = "the GPU" if device == "cuda" else "this machine"
+        halving = dtype == "float32" and needed / 2 < memory
+        advice = "pass dtype bfloat16 (--dtype bfloat16)" if halving else "take a smaller model, or more memory"
+        raise DeviceError(
+            f"{what} needs {needed / 1e9:,.1f} GB as {dtype}, {where} has {memory / 1e9:,.0f} GB: {advice}"
         )
 
 

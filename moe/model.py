@@ -113,10 +113,14 @@ class Transformer(nn.Module):
         depths = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
         self.mtp = nn.ModuleList(MTPModule(config, layer) for layer in depths)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        self.tie()
         self.activation_checkpointing = False  # train.py sets what its configuration says
         self.reset_parameters()
+
+    def tie(self) -> None:
+        """Make the head's weights the embedding's, if so configured; again after `to_empty`, which parts them."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def reset_parameters(self) -> None:
         """Normal(0, initializer_range); what writes to the residual stream is smaller by sqrt(2 * layers), so that
@@ -190,14 +194,19 @@ class Transformer(nn.Module):
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean over the scored targets. Where the logits would be large they are made piece by piece, and again for
         their gradients, so that never more than LOGITS of them exist. (B, S, D), (B, S) -> ()."""
-        rows = max(1, LOGITS // self.config.vocab_size)
-        flat, wanted = hidden.flatten(0, 1), targets.flatten()
-        if len(wanted) <= rows:
-            return F.cross_entropy(self.lm_head(flat).float(), wanted, ignore_index=IGNORE)
-        total = flat.new_zeros((), dtype=torch.float32)
-        for piece, goal in zip(flat.split(rows), wanted.split(rows), strict=True):
+        pieces = self.pieces(hidden, targets)
+        if len(pieces) == 1:
+            return F.cross_entropy(self.lm_head(pieces[0][0]).float(), pieces[0][1], ignore_index=IGNORE)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for piece, goal in pieces:
             total = total + checkpoint(self._summed_loss, piece, goal, use_reentrant=False)
-        return total / (wanted != IGNORE).sum()
+        return total / (targets != IGNORE).sum()
+
+    def pieces(self, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """So many positions at a time, R of them, that no more than LOGITS logits are made of them. (B, S, D), (B, S)
+        -> (R, D) and (R,) each."""
+        rows = max(1, LOGITS // self.config.vocab_size)
+        return list(zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True))
 
     def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.lm_head(hidden).float(), targets, ignore_index=IGNORE, reduction="sum")

@@ -70,8 +70,9 @@ def decode(
         with torch.inference_mode():
             fresh = window if cache is None else window[:, -1:]
             if cache is None and use_cache:
-                cache = Cache(model.config, len(window), context, weight.device, weight.dtype)
-            new = draw(model(fresh, cache)[:, -1, :vocab_size], config, generator)
+                cache = Cache(model.config, len(window), window.shape[1], weight.device, weight.dtype)
+            last = model.hidden_states(fresh, cache)[0][:, -1]  # (B, D): a prompt's other logits are never made
+            new = draw(model.lm_head(last).float()[:, :vocab_size], config, generator)
         window = torch.cat((window, new[:, None]), dim=1)
         yield new
 

@@ -27,9 +27,9 @@ def grouped(kind: str = "norm of heads"):
     return build(attention="grouped", num_attention_heads=4, **GROUPED[kind])
 
 
-def cached_logits(model, tokens, pieces):
-    """The logits of tokens fed piece by piece into a cache."""
-    cache = Cache(model.config, len(tokens), tokens.shape[1], tokens.device, torch.float32)
+def cached_logits(model, tokens, pieces, room=24):
+    """The logits of tokens fed piece by piece into a cache that has room for so many at first."""
+    cache = Cache(model.config, len(tokens), room, tokens.device, model.embed_tokens.weight.dtype)
     return torch.cat([model(piece, cache) for piece in tokens.split(pieces, dim=1)], dim=1)
 
 
@@ -93,7 +93,7 @@ def test_the_cache_holds_keys_and_values_of_the_shared_heads_alone(small, key_he
     config = replace(small, attention="grouped", num_key_value_heads=key_heads, head_dim=head_dim)
     cache = Cache(config, 2, 10, torch.device("cpu"), torch.float32)
     per_head = small.hidden_size // small.num_attention_heads if head_dim is None else head_dim
-    assert cache.entries.shape == (small.num_hidden_layers, 2, 10, 2 * (key_heads or 2) * per_head)
+    assert [layer.shape for layer in cache.entries] == [(2, 10, 2 * (key_heads or 2) * per_head)] * 3
 
 
 @pytest.mark.parametrize("kind", GROUPED)
@@ -106,7 +106,30 @@ def test_every_weight_of_grouped_attention_learns(kind):
 
 def test_the_cache_holds_rank_plus_rotary_numbers_per_token_and_layer(small):
     cache = Cache(small, 2, 10, torch.device("cpu"), torch.float32)
-    assert cache.entries.shape == (small.num_hidden_layers, 2, 10, small.kv_lora_rank + small.qk_rope_head_dim)
+    width = small.kv_lora_rank + small.qk_rope_head_dim
+    assert [layer.shape for layer in cache.entries] == [(2, 10, width)] * small.num_hidden_layers
+
+
+@pytest.mark.parametrize("make", [build, grouped], ids=["latent", "grouped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pieces", [*PIECES, [1] * 24, [3, 17, 4]])
+@torch.inference_mode()
+def test_a_cache_that_grows_gives_the_same_logits_to_the_last_bit(make, dtype, pieces):
+    model, tokens = make().to(dtype), torch.randint(64, (2, 24))
+    wanted = cached_logits(model, tokens, pieces, room=24)
+    for room in (0, 1, 5, 23, 32):
+        assert cached_logits(model, tokens, pieces, room).equal(wanted)
+
+
+def test_a_cache_doubles_when_it_is_full_and_stops_at_the_context(small):
+    cache, room = Cache(small, 1, 3, torch.device("cpu"), torch.float32), []
+    for position in range(small.max_position_embeddings):
+        seen = cache.append(0, torch.full((1, 1, small.cache_width), float(position)))
+        assert seen[0, :, 0].tolist() == list(range(position + 1))
+        cache.length += 1
+        room.append(cache.entries[0].shape[1])
+    assert sorted(set(room)) == [3, 6, 12, 24, 32]
+    assert cache.entries[1].shape[1] == 3  # each layer grows as it is written to
 
 
 @pytest.mark.parametrize("make", [build, grouped], ids=["latent", "grouped"])

@@ -1,5 +1,6 @@
 """What a run leaves on disk: continued to the last bit, written whole, refused when damaged."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXT, run_training
+from safetensors.torch import save_file
 
 import moe
 import train
-from moe.checkpoint import CheckpointError, RunFolder, load_tensors, verify
+from moe.checkpoint import CheckpointError, RunFolder, load_model, load_tensors, tensors_of, verify
 from moe.corpus import prepare
 from moe.data import TokenStream
+from moe.device import DeviceError
 from moe.lab.score import evaluate
 from moe.metrics import MetricsLog, read_metrics
+from moe.model import Transformer
 
 ROOT = Path(__file__).parent.parent
 # Accumulation, dropout, both balance losses' terms, an epoch's end: 20 steps of 4 x 2 windows of 16 from about 60.
@@ -327,6 +331,113 @@ def test_a_damaged_checkpoint_is_refused_by_name(copy, name, how):
     how(checkpoint / name)
     with pytest.raises(CheckpointError, match=name):
         moe.load(copy)
+
+
+@pytest.fixture
+def imported(copy) -> Path:
+    """A run's folder as an importer leaves it: nothing of it was trained here, so there is no optimizer."""
+    checkpoint = RunFolder(copy).checkpoints()[-1]
+    (checkpoint / "optimizer.safetensors").unlink()
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest["files"]["optimizer.safetensors"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    return copy
+
+
+def test_an_imported_model_is_there_to_be_used_and_started_from(imported, debug_run, text):
+    theirs, ours = (moe.load(folder).model.state_dict() for folder in (imported, debug_run))
+    assert all(theirs[name].equal(ours[name]) for name in ours)
+    assert run_training("--out", "mine", "--data", text, "--steps", "1", "--init-from", imported) == 0
+
+
+@pytest.mark.parametrize("resume", ["auto", "must"])
+@pytest.mark.parametrize("more", [(), ("--data", "other.txt", "--steps", "3", "--optim.muon-lr", "0.5")])
+def test_an_imported_model_is_not_continued(imported, resume, more, capsys):
+    assert run_training("--out", imported, "--resume", resume, *more) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds an imported model, not a training run: start from it with --init-from" in line
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
+def test_no_checkpoint_is_without_a_model_and_a_state(imported, name):
+    path = RunFolder(imported).checkpoints()[-1] / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"][name]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=name):
+        moe.load(imported)
+
+
+def test_every_file_that_the_manifest_lists_is_verified(imported):
+    checkpoint = RunFolder(imported).checkpoints()[-1]
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["more.json"] = {"size": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / "more.json").write_text("{}")
+    verify(checkpoint)
+    (checkpoint / "more.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"more\.json is damaged"):
+        verify(checkpoint)
+
+
+def test_a_run_opened_in_bfloat16_is_the_float32_one_rounded_but_for_the_bias(debug_run):
+    exact, rounded = moe.load(debug_run).model, moe.load(debug_run, dtype="bfloat16").model
+    assert not rounded.training
+    theirs = rounded.state_dict()
+    for name, tensor in exact.state_dict().items():
+        bias = name.endswith("expert_bias")
+        assert theirs[name].equal(tensor if bias else tensor.bfloat16()), name
+    with pytest.raises(CheckpointError, match="dtype = float16 is not known: give one of float32, bfloat16"):
+        moe.load(debug_run, dtype="float16")
+
+
+def test_tied_weights_are_stored_once_and_tied_again_when_opened(text):
+    assert run_training("--out", "run", "--data", text, *FEATURES, "--steps", "1", "--model.tie-word-embeddings") == 0
+    stored = load_tensors(RunFolder(Path("run")).checkpoints()[-1] / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    for dtype in ("float32", "bfloat16"):
+        model = moe.load("run", dtype=dtype).model
+        assert model.lm_head.weight is model.embed_tokens.weight
+        assert model.lm_head.weight.equal(stored["embed_tokens.weight"].to(getattr(torch, dtype)))
+
+
+def test_opening_a_run_draws_no_random_numbers(debug_run):
+    before = torch.get_rng_state()
+    moe.load(debug_run)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_a_model_that_no_memory_here_could_hold_is_refused_with_what_would_help(debug_run, monkeypatch):
+    def with_memory(share: float):
+        needed = sum(tensor.nbytes for tensor in stored.values())
+        monkeypatch.setattr("moe.device.machine_bytes", lambda device: int(share * needed))
+
+    stored = load_tensors(RunFolder(debug_run).checkpoints()[-1] / "model.safetensors")
+    with_memory(0.8)
+    with pytest.raises(DeviceError, match=r"needs 0\.0 GB as float32, this machine has 0 GB: .*--dtype bfloat16"):
+        moe.load(debug_run)
+    moe.load(debug_run, dtype="bfloat16")
+    with_memory(0.4)
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(DeviceError, match=f"as {dtype}, .* take a smaller model"):
+            moe.load(debug_run, dtype=dtype)
+    monkeypatch.setattr("moe.device.machine_bytes", lambda device: None)  # a system that does not say
+    moe.load(debug_run)
+
+
+def test_a_file_that_does_not_fit_is_refused_with_all_that_is_wrong_and_nothing_is_copied(tmp_path, small):
+    model, other = Transformer(small), Transformer(small)
+    tensors = dict(tensors_of(other))
+    tensors["more"] = tensors.pop("norm.weight")
+    tensors["lm_head.weight"] = torch.zeros(2, 3)
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = {name: tensor.clone() for name, tensor in tensors_of(model).items()}
+    with pytest.raises(CheckpointError, match=WRONG):
+        load_model(model, tmp_path / "model.safetensors")
+    assert all(before[name].equal(tensor) for name, tensor in tensors_of(model).items())
+
+
+WRONG = r"lm_head.weight is \(2, 3\) instead of \(64, 32\); more is not known; norm.weight is missing$"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": 3}', "\x00"])

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe
+from moe.attention import Cache
 from moe.config import ConfigError, SampleConfig
 from moe.sampling import SamplingError, draw
 
@@ -30,6 +31,47 @@ def test_grouped_attention_writes_the_same_cached_and_uncached(interleaved):
     tokens = torch.randint(64, (2, 10))
     cached, uncached = (moe.generate(model, tokens, 60, temperature=0.0, use_cache=use) for use in (True, False))
     assert cached.equal(uncached)
+
+
+@pytest.mark.parametrize("attention", ["latent", "grouped"])
+def test_the_cache_follows_the_text_and_changes_no_token(attention, monkeypatch):
+    model, tokens = build(attention=attention, max_position_embeddings=1000).eval(), torch.randint(64, (2, 10))
+    caches = []
+
+    def write(room: int | None) -> torch.Tensor:
+        def kept(config, batch, length, *rest):
+            caches.append(Cache(config, batch, room or length, *rest))
+            return caches[-1]
+
+        monkeypatch.setattr("moe.sampling.Cache", kept)
+        return moe.generate(model, tokens, 60, temperature=0.0)
+
+    assert write(None).equal(write(1000))
+    assert [cache.entries[0].shape[1] for cache in caches] == [80, 1000]
+
+
+def test_of_a_prompt_only_the_last_tokens_logits_are_made():
+    model, made = build().eval(), []
+    model.lm_head.register_forward_hook(lambda module, given, out: made.append(out.numel()))
+    moe.generate(model, torch.randint(64, (2, 30)), 3)
+    assert made == [2 * 64] * 3
+
+
+@pytest.mark.parametrize("attention", ["latent", "grouped"])
+@pytest.mark.parametrize("backend", ["loop", "grouped", "gather", "auto"])
+def test_in_bfloat16_a_model_writes_and_its_logits_stay_near(attention, backend):
+    model = build(attention=attention, expert_backend=backend, initializer_range=0.1).eval()
+    tokens = torch.randint(64, (4, 16))
+    with torch.no_grad():
+        exact, rounded = model(tokens), model.bfloat16()(tokens)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm(dim=-1).median() < 0.05 * exact.norm(
+        dim=-1
+    ).median()  # a near-tie may route otherwise
+    written = moe.generate(model, tokens, 40, temperature=1.0, top_p=0.9, seed=0)
+    assert written.shape == (4, 56)
+    with torch.no_grad():
+        assert model(written[:, -32:]).isfinite().all()
 
 
 def test_greedy_decoding_is_the_argmax_of_the_plain_forward():

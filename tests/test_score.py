@@ -1,19 +1,22 @@
 """The price of a text: complete, causal, and the same as training's."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SMALL, TEXT, build
 
 import moe
 from moe.checkpoint import Run
 from moe.config import RunConfig, TrainConfig
-from moe.lab.score import ScoreError, overlapping_windows, prices_of, score
+from moe.lab.score import WINDOW, ScoreError, overlapping_windows, price, prices_of, score
 from moe.metrics import read_metrics
 from moe.model import Transformer
+from moe.presets import presets
 from moe.tokenizer import bytes_tokenizer
 
 
@@ -75,6 +78,55 @@ def test_separate_windows_are_the_validation_loss_of_training(debug_run):
     assert result["nats_per_character"] == pytest.approx(last["val_nats_per_character"], rel=2e-3)  # bfloat16 there
     assert result["nats_per_token"] == pytest.approx(last["val_loss"], rel=2e-3)
     assert score(run, text[:20_000]).nats < score(run, text[:20_000], "separate").nats
+
+
+def test_in_bfloat16_a_text_costs_nearly_the_same(debug_run):
+    text = TEXT.read_bytes()[-3000:]
+    exact, rounded = (score(moe.load(debug_run, dtype=dtype), text).nats for dtype in ("float32", "bfloat16"))
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, rel=2e-3)
+
+
+def whole_logits(model, batches):
+    """Prices from the logits of all of a batch at once."""
+    parts = []
+    for tokens, targets in batches:
+        with torch.no_grad():
+            losses = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), reduction="none")
+        parts.append(losses[targets.flatten() != -100].double().numpy())
+    return np.concatenate(parts)
+
+
+def test_logits_piece_by_piece_change_no_price(bytes_run, monkeypatch):
+    model, ids = bytes_run.model, np.random.default_rng(3).integers(264, size=200)
+    batches = list(overlapping_windows(ids, 32, 3))
+    wanted = whole_logits(model, batches)
+    assert np.array_equal(price(model, iter(batches), nullcontext)[0], wanted)  # to the last bit in one piece
+    for rows in (1, 7, 32, 95):
+        monkeypatch.setattr("moe.model.LOGITS", 264 * rows + 1)
+        np.testing.assert_allclose(price(model, iter(batches), nullcontext)[0], wanted, rtol=1e-5)
+
+
+def test_no_more_logits_exist_at_a_time_than_in_training(bytes_run, monkeypatch):
+    made = []
+    bytes_run.model.lm_head.register_forward_hook(lambda module, given, out: made.append(out.numel()))
+    monkeypatch.setattr("moe.model.LOGITS", 264 * 10)
+    prices_of(bytes_run, bytes(100))
+    assert max(made) == 264 * 10
+
+
+def test_a_window_is_the_context_but_no_longer_than_the_cap(bytes_run, monkeypatch):
+    data = np.random.default_rng(4).bytes(100)
+    shorter = replace(bytes_run, model=build(vocab_size=264, max_position_embeddings=16).eval())
+    shorter.model.load_state_dict(bytes_run.model.state_dict())
+    wanted = prices_of(shorter, data)
+    assert not np.array_equal(prices_of(bytes_run, data), wanted)
+    monkeypatch.setattr("moe.lab.score.WINDOW", 16)
+    assert np.array_equal(prices_of(bytes_run, data), wanted)
+
+
+def test_no_presets_context_is_longer_than_the_cap():
+    assert all(run.model.max_position_embeddings <= WINDOW for run in presets().values())
 
 
 def test_an_empty_text_has_no_price(bytes_run):

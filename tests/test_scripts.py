@@ -90,6 +90,8 @@ def test_samples_as_json_are_one_object_and_nothing_else(trained):
         "-",
         "--top-k",
         "5",
+        "--dtype",
+        "bfloat16",
     )
     result = json.loads(said(run(*command, cwd=trained[0], stdin=b"KING \xff")))
     assert result["prompt"] == "KING \ufffd"
@@ -102,7 +104,7 @@ def test_scoring_a_file(trained):
     result = json.loads(said(run("-m", "moe.lab", "score", "out/debug", "a.txt", "--json", cwd=folder)))
     assert (result["characters"], result["bytes"]) == (15, 16)
     assert "bits per byte" in said(
-        run("-m", "moe.lab", "score", "out/debug", "a.txt", "--windows", "separate", cwd=folder)
+        run("-m", "moe.lab", "score", "out/debug", "a.txt", "--windows", "separate", "--dtype", "bfloat16", cwd=folder)
     )
 
 

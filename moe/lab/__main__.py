@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 import moe
+from moe.device import Dtype
 from moe.lab.score import Windows, score
 
 
@@ -21,6 +22,7 @@ def score_command(
     run: tyro.conf.Positional[Path],
     file: tyro.conf.Positional[Path],
     windows: Windows = "overlapping",
+    dtype: Dtype = "float32",
     json: bool = False,
 ) -> None:
     """Price every byte of a file from the bytes before it.
@@ -28,10 +30,12 @@ def score_command(
     Args:
         run: A run's folder.
         file: Any file; what is not UTF-8 is priced byte by byte.
-        windows: How a long text is cut; see moe/lab/score.py.
+        windows: How a long text is cut. overlapping: every token but the first window's sees at least half a window, of
+            at most 4,096 tokens. separate: windows side by side, as training's validation has them.
+        dtype: Of the weights and of all products; bfloat16 takes half the memory.
         json: Print one JSON object.
     """
-    result = score(moe.load(run), read_bytes(file), windows).to_json()
+    result = score(moe.load(run, dtype=dtype), read_bytes(file), windows).to_json()
     if json:
         print(as_json(result))
     else:
