@@ -320,10 +320,8 @@ class HubTokenizer(Tokenizer):
     @cached_property
     def decoding(self) -> tuple[str, ...]:
         """The names of the steps from tokens to text. Raises TokenizerError where they are not known here."""
-        step = (
-            json.loads(self.core.decoder.__getstate__()) if self.core.decoder else {"type": "Sequence", "decoders": []}
-        )
-        steps = tuple(part["type"] for part in step["decoders"]) if step["type"] == "Sequence" else (step["type"],)
+        whole = json.loads(self.core.decoder.__getstate__()) if self.core.decoder else {"decoders": []}
+        steps = tuple(str(step["type"]) for step in whole.get("decoders", [whole]))
         if steps not in [(), ("ByteLevel",), ("Metaspace",), SENTENCEPIECE, (*SENTENCEPIECE, "Strip")]:
             raise TokenizerError(
                 f"the tokenizer's decoder is {' + '.join(steps)}: those known here are ByteLevel, Metaspace and "
