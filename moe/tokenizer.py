@@ -367,7 +367,11 @@ class HubTokenizer(Tokenizer):
             document, config, stops = stored["tokenizer"], stored["config"], stored["stops"]
         except (KeyError, TypeError) as error:
             raise TokenizerError(f"not a tokenizer's file: {type(error).__name__}: {error}") from None
+        if not isinstance(document, dict) or not isinstance(config, dict):
+            raise TokenizerError("not a tokenizer's file: its tokenizer and its config must be JSON objects")
         tokenizer = HubTokenizer(document, config, checked_ids(stops))
+        if not tokenizer.pieces:
+            raise TokenizerError("the tokenizer has no tokens that stand for a text")
         if tokenizer.hash != stored.get("hash"):
             raise TokenizerError("the tokenizer's file is damaged: its hash differs")
         return tokenizer
