@@ -13,7 +13,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -233,8 +233,8 @@ class HubTokenizer(Tokenizer):
     the special tokens and holds the chat template. eos_ids: further ids that end what the model writes.
     """
 
-    document: dict[str, Any]
-    config: dict[str, Any]
+    document: dict[str, Any] = field(repr=False)
+    config: dict[str, Any] = field(repr=False)
     eos_ids: frozenset[int] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:

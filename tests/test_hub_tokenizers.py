@@ -145,8 +145,8 @@ def test_a_prompt_is_what_transformers_makes_of_it_before_and_after_a_round_trip
 @settings(max_examples=100, deadline=None)
 @given(data=st.one_of(st.binary(max_size=40), st.text(max_size=30).map(lambda text: text.encode("utf-8", "replace"))))
 def test_any_bytes_come_back(read, name, data):
-    if name == "metaspace" and data.startswith(b" "):
-        return  # it takes the text's own first space for the one it puts there
+    if name in ("llama 2", "metaspace"):  # they take the text's own first space for the one they put there
+        data = data.lstrip(b" ")
     ids = read[name].encode_bytes(data).tolist()
     assert read[name].decode_bytes(ids) == data
 
@@ -258,6 +258,7 @@ def damaged(**changes):
         damaged(added_tokens=7),
         damaged(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}),
         damaged(normalizer="\ud800"),
+        damaged(model={"type": "BPE", "vocab": {}, "merges": []}, added_tokens=[]),
         lambda document, config: (document, {}),
         lambda document, config: (document, {"eos_token": "unheard of"}),
         lambda document, config: (document, {"eos_token": "\ud800"}),
