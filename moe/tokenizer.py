@@ -400,7 +400,8 @@ def rust(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise TokenizerError(f"{what}: {type(error).__name__}: {str(error).strip().split(chr(10))[0]}") from None
+        first = "".join(letter for letter in str(error).strip().split("\n")[0] if letter.isprintable())
+        raise TokenizerError(f"{what}: {type(error).__name__}: {first}") from None
 
 
 def build_core(document: dict[str, Any]) -> Any:

@@ -32,6 +32,7 @@ from moe.tokenizer import (
 Json = dict[str, Any]
 FAST = "PreTrainedTokenizerFast"  # the class which takes tokenizer.json as it is
 NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,7 +57,7 @@ def read_tokenizer(folder: Path, stops: Iterable[int] = ()) -> HubTokenizer | No
     try:
         build_core(document)  # from here on, its parts are what they should be
         made_by = CLASSES.get(class_of(document, config, model))
-        if made_by and document["model"]["type"] == "BPE":
+        if made_by and document["model"].get("type", "BPE") == "BPE":
             document, config = document | made_by.remake(document, config), made_by.defaults | config
         tokenizer = HubTokenizer(complete(document, config), config, checked_ids([*listed, *stops]))
         return HubTokenizer.from_json(tokenizer.to_json())
@@ -79,7 +80,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         if made_by and document | made_by.remake(document, config) != document:
             config["tokenizer_class"] = FAST
     for name, content in (("tokenizer", document), ("tokenizer_config", config)):
-        write_whole(folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
+        write_whole(folder / f"{name}.json", json.dumps(content, indent=1).encode())
 
 
 # --- what comes in ---------------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def complete(document: Json, config: Json) -> Json:
     with rust("the added tokens of its tokenizer_config.json"):
         known = {repr(token) for token in core.get_added_tokens_decoder().values()}
         for _, fields in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
-            token = AddedToken(**{name: value for name, value in fields.items() if name != "__type"})
+            token = AddedToken(**{name: value for name, value in fields.items() if name in FLAGS})
             if repr(token) not in known:
                 core.add_tokens([token])
         special = {token.content for token in core.get_added_tokens_decoder().values() if token.special}
