@@ -60,7 +60,7 @@ def write(text: str) -> None:
 def stream(run: Run, args: Arguments, prompt: str, config: SampleConfig) -> list[list[int]]:
     """Print a single sample as it is made, several one after the other; their tokens."""
     alone = args.num_samples == 1 and not args.json
-    texts = [run.tokenizer.stream() for _ in range(args.num_samples)]
+    texts = [run.tokenizer.stream(continuing=bool(prompt)) for _ in range(args.num_samples)]
     tokens: list[list[int]] = [[] for _ in range(args.num_samples)]
     if alone:
         write(prompt)
@@ -77,7 +77,7 @@ def stream(run: Run, args: Arguments, prompt: str, config: SampleConfig) -> list
 
 def show(run: Run, args: Arguments, prompt: str, config: SampleConfig) -> None:
     tokens = stream(run, args, prompt, config)
-    texts = [run.tokenizer.decode(ids) for ids in tokens]
+    texts = [run.tokenizer.decode(ids, continuing=bool(prompt)) for ids in tokens]
     if args.json:
         readable = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         print(

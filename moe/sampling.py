@@ -124,7 +124,7 @@ def sample(
     seed: int | None = None,
     on_overflow: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """(sample, token) as they are made, several samples as one batch; each ends before its end of text."""
+    """(sample, token) as they are made, several samples as one batch; each ends before a token that stops it."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     start = prompt_tokens(run, prompt, num_samples)
     new_tokens = decode(
@@ -133,7 +133,7 @@ def sample(
     going = set(range(num_samples))
     for _ in range(max_new_tokens):
         row_tokens = next(new_tokens).tolist()
-        going -= {row for row in going if row_tokens[row] == run.tokenizer.end_of_text}
+        going -= {row for row in going if row_tokens[row] in run.tokenizer.stops}
         if not going:
             return
         yield from ((row, row_tokens[row]) for row in sorted(going))
@@ -151,12 +151,13 @@ def generate_text(
 ) -> str:
     """The prompt and what the run's model makes of it, up to an end of text."""
     config = SampleConfig(temperature, top_k, top_p, min_p)
-    return prompt + run.tokenizer.decode(token for _, token in sample(run, prompt, config, max_new_tokens, seed=seed))
+    new = [token for _, token in sample(run, prompt, config, max_new_tokens, seed=seed)]
+    return prompt + run.tokenizer.decode(new, continuing=bool(prompt))
 
 
 def prompt_tokens(run: "Run", prompt: str, copies: int = 1) -> Tensor:
-    """The start-of-text token and the prompt, `copies` times: (copies, S) int64 on the model's device."""
-    ids = [run.tokenizer.end_of_text, *run.tokenizer.encode_bytes(prompt.encode("utf-8", "surrogateescape")).tolist()]
+    """What begins a text and the prompt, `copies` times: (copies, S) int64 on the model's device."""
+    ids = run.tokenizer.prompt(prompt.encode("utf-8", "surrogateescape"))
     return torch.tensor(ids, device=run.model.embed_tokens.weight.device).expand(copies, -1)
 
 

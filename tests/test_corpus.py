@@ -20,6 +20,7 @@ from conftest import TEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe.bpe import train_bpe
 from moe.config import DataConfig, MoeError
 from moe.corpus import build as corpus
 from moe.corpus import prepare, sources, streams
@@ -28,7 +29,7 @@ from moe.corpus.sources import Files, SourceError, Unreachable
 from moe.corpus.streams import DATA_SETS, DataSet
 from moe.data import Batches, Cursor, TokenStream, separate_windows
 from moe.metrics import Display
-from moe.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer, bytes_tokenizer, train_bpe
+from moe.tokenizer import GPT2_PATTERN, PATTERN, BytePairs, bytes_tokenizer
 
 BYTES = {"tokenizer": "bytes"}
 
@@ -84,7 +85,7 @@ LEARNED = train_bpe(["".join(PARTS) * 3 + " word né 9, word,\nword \n  \n\n日�
 def test_a_text_cut_into_units_has_the_tokens_of_the_whole(tmp_path_factory, pattern, text, unit):
     data = text.encode("utf-8", "replace")
     path = write(tmp_path_factory.mktemp("text") / "a.txt", data or b"a")
-    tokenizer = Tokenizer(LEARNED.ranks, pattern)
+    tokenizer = BytePairs(LEARNED.ranks, pattern)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "UNIT", unit)
         units = list(Files(path, DataConfig(val_fraction=0.2), lambda *_: None).units())

@@ -1,12 +1,14 @@
 """Any bytes in, the same bytes out; and the same ids however the text is cut."""
 
+import base64
 import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.tokenizer import END_OF_TEXT, Tokenizer, TokenizerError, bytes_tokenizer, gpt2_tokenizer, train_bpe
+from moe.bpe import train_bpe
+from moe.tokenizer import END_OF_TEXT, SINGLE_BYTES, Tokenizer, TokenizerError, bytes_tokenizer, gpt2_tokenizer
 
 TEXT = "the cat sat on the mat, the rat sat on the hat.\nThe end is 1234567, ça va? 日本語日本語\n" * 3
 BPE = train_bpe([TEXT], 290)
@@ -73,6 +75,12 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     path.write_text(json.dumps(BPE.to_json()))
     assert Tokenizer.load(path) == BPE
     assert Tokenizer.load(path).hash == BPE.hash
+
+
+def test_tokenizers_of_older_runs_are_still_known_by_their_hash():
+    assert bytes_tokenizer().hash == "32741971e77fec9923947dc39852babbb1f64c683b8a614837d893d5d3be31ff"
+    stored = {"format": 1, "pattern": r"[\s\S]", "ranks": [base64.b64encode(byte).decode() for byte in SINGLE_BYTES]}
+    assert Tokenizer.from_json(stored | {"hash": bytes_tokenizer().hash}) == bytes_tokenizer()
 
 
 @pytest.mark.parametrize("damage", [{"ranks": ["AA=="]}, {"hash": "0"}, {"ranks": 5}, {"pattern": "x"}])

@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from moe.bpe import train_bpe
 from moe.config import DataConfig, MoeError
 from moe.corpus.shards import FORMAT, Corpus, CorpusError, Encoded, ShardWriter, dtype_of, finished_shards, open_corpus
 from moe.corpus.sources import SPLITS, START, Advance, Source, Unit, Unreachable
 from moe.corpus.streams import DATA_SETS, open_source
 from moe.files import write_whole
-from moe.tokenizer import Tokenizer, bytes_tokenizer, gpt2_tokenizer, train_bpe
+from moe.tokenizer import Tokenizer, bytes_tokenizer, gpt2_tokenizer
 
 SHARD_TOKENS = 1 << 24  # a shard is closed behind the unit that brings it here
 BPE_CHARACTERS = 1 << 24  # of the training split, from all over it, are what the tokenizer learns from
@@ -156,7 +157,7 @@ def write_shards(folder: Path, source: Source, tokenizer: Tokenizer, advance: Ad
 
 
 def encode_all(units: Iterator[Unit], tokenizer: Tokenizer) -> Iterator[tuple[Unit, Encoded]]:
-    """Every unit's tokens in order, made on all cores (tiktoken works outside the interpreter's lock), a few ahead of
+    """Every unit's tokens in order, made on all cores (tokenizers work outside the interpreter's lock), a few ahead of
     what is asked for."""
     waiting: deque[tuple[Unit, Future[Encoded]]] = deque()
     with ThreadPoolExecutor(cores()) as pool:

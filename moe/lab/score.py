@@ -131,7 +131,7 @@ def overlapping_windows(ids: np.ndarray, length: int, batch_size: int) -> Iterat
 
 def prices_of(run: Run, data: bytes, windows: Windows = "overlapping") -> np.ndarray:
     """The price of each token of any bytes, in nats, float64."""
-    ids = np.concatenate([[run.tokenizer.end_of_text], run.tokenizer.encode_bytes(data)]).astype(np.int64)
+    ids = np.concatenate([[run.tokenizer.start], run.tokenizer.encode_bytes(data)]).astype(np.int64)
     separate = windows == "separate"
     length = run.config.train.sequence_length if separate else min(run.model.config.max_position_embeddings, WINDOW)
     rows = batch_size(run.model, length)
