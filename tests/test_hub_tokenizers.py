@@ -19,18 +19,10 @@ from moe.checkpoint import Run
 from moe.config import DataConfig, RunConfig, SampleConfig
 from moe.corpus import prepare
 from moe.hub.tokenizers import read_tokenizer, write_tokenizer
+from moe.imported import HubTokenizer
 from moe.lab.score import prices_of
 from moe.sampling import prompt_tokens, sample
-from moe.tokenizer import (
-    END_OF_TEXT,
-    GPT2_PATTERN,
-    SINGLE_BYTES,
-    BytePairs,
-    HubTokenizer,
-    Tokenizer,
-    TokenizerError,
-    bytes_tokenizer,
-)
+from moe.tokenizer import END_OF_TEXT, GPT2_PATTERN, SINGLE_BYTES, BytePairs, Tokenizer, TokenizerError, bytes_tokenizer
 
 TEXT = "the cat sat on the mat, the rat sat on the hat.\nThe end is 1234567, ça va? 日本語日本語 it's IT'S\n\n" * 3
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"

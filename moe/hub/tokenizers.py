@@ -16,18 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe.files import write_whole
-from moe.tokenizer import (
-    BYTE_LETTERS,
-    END_OF_TEXT,
-    META_SPACE,
-    BytePairs,
-    HubTokenizer,
-    Tokenizer,
-    TokenizerError,
-    build_core,
-    checked_ids,
-    rust,
-)
+from moe.imported import BYTE_LETTERS, META_SPACE, HubTokenizer, build_core, checked_ids, rust
+from moe.tokenizer import END_OF_TEXT, BytePairs, Tokenizer, TokenizerError
 
 Json = dict[str, Any]
 FAST = "PreTrainedTokenizerFast"  # the class which takes tokenizer.json as it is
