@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe.hub import folder as module
-from moe.hub.folder import Folder, HubError, write_folder
+from moe.hub import writing
+from moe.hub.folder import Folder, HubError
+from moe.hub.writing import write_folder
 
 FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [2, 3]}}
 INDEX = "model.safetensors.index.json"
@@ -477,7 +478,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
             write(tmp_path / "a" / "b", read=lambda name: torch.zeros(3))
         for step in ("save_file", "sync", "sync_folder"):
             with monkeypatch.context() as patch:
-                patch.setattr(module, step, full_disk)
+                patch.setattr(writing, step, full_disk)
                 with pytest.raises(HubError, match=r"could not be written: .*No space left"):
                     write(tmp_path / "a" / "b")
         assert sorted(tmp_path.rglob("*")) == before
