@@ -451,7 +451,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         literal = typing.get_origin(option) is Literal
         (choices if literal else kinds).extend(typing.get_args(option) if literal else [option])
     if float in kinds and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     among = [f"one of {', '.join(map(str, choices))}"] if choices else []
     allowed = " or ".join([*among, *(f"of type {kind.__name__}" for kind in kinds)])
     require(type(value) in kinds or value in choices, f"{where} = {value!r} must be {allowed}")

@@ -98,8 +98,8 @@ def table_magnitude(scaling: RopeScaling) -> float:
 def softmax_magnitude(scaling: RopeScaling) -> float:
     """The factor on latent attention's scores: there the part that is not rotated must grow as well.
 
-    For every length, as transformers does; DeepSeek's own code leaves it out while the context is no longer than the
-    original one.
+    For every length, as transformers does; DeepSeek's inference code has no YaRN at all where the context is no longer
+    than the original one.
     """
     if scaling.rope_type != "yarn" or not scaling.mscale_all_dim:
         return 1.0
