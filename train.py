@@ -33,10 +33,11 @@ from moe.checkpoint import (
     random_state,
     read_state,
     set_random_state,
+    tensors_of,
 )
 from moe.config import ConfigError, MoeError, RunConfig, TrainConfig
 from moe.corpus import Corpus, prepare
-from moe.cost import activation_bytes, count
+from moe.cost import activation_bytes, count, readable
 from moe.data import Batches, TokenStream
 from moe.device import LossFunction, Runtime, resolve, resolve_device, reuse_memory, working_losses
 from moe.lab.pictures import draw_run
@@ -173,14 +174,6 @@ def announce(config: RunConfig, corpus: Corpus, decisions: dict[str, str], displ
         )
     if model.num_moe_layers and not model.balanced:
         display.warn("warning: load balancing is off, neither bias nor balance loss: expect experts to starve")
-
-
-def readable(number: float, giga: str = "B") -> str:
-    """3 digits and a unit: 3.01M, 671B."""
-    for unit, letter in ((1e9, giga), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.{max(0, 3 - len(str(int(number / unit))))}f}{letter}"
-    return f"{number:.0f}"
 
 
 class Interruption:
@@ -359,7 +352,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
             state = replace(state, epoch=epoch, window=place, rng=random_state(), balance=alarm.streaks)
             with average.applied():
                 tensors = chain(optimizers.state(), average.state())
-                checkpoint = folder.save(model, tensors, state, config.train.keep_last)
+                checkpoint = folder.save(tensors_of(model), tensors, state, config.train.keep_last)
         if ending:
             break
     wandb.close()

@@ -18,7 +18,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moe.config import ConfigError, MoeError, RunConfig, from_dict, to_dict
+from moe.config import ConfigError, ModelConfig, MoeError, RunConfig, from_dict, to_dict
 from moe.data import Cursor
 from moe.device import Dtype, Runtime, check_room, hardware, resolve_device
 from moe.files import sync, sync_folder, write_whole
@@ -172,17 +172,26 @@ class RunFolder:
         optimizers.load_state(tensors)
         return read_state(checkpoint)
 
-    def save(self, model: Transformer, optimizer: Iterator[tuple[str, Tensor]], state: State, keep_last: int) -> Path:
+    def save(
+        self,
+        model: Mapping[str, Tensor],
+        optimizer: Iterable[tuple[str, Tensor]] | None,
+        state: State,
+        keep_last: int = 1,
+    ) -> Path:
         """Write a checkpoint, then remove the oldest beyond keep_last. Raises CheckpointError when the disk does not
-        play along. model: as it is to be used, which is the average where there is one."""
+        play along.
+
+        model: its tensors as they are to be used, the average where there is one. optimizer: None for a model that was
+        not trained here.
+        """
         final = self.path / "checkpoints" / f"{state.step:08d}"
         passing = final.with_name(f".{final.name}.{os.getpid()}")
         try:
             passing.mkdir(parents=True)
-            save_file(
-                {name: tensor.detach() for name, tensor in tensors_of(model).items()}, passing / "model.safetensors"
-            )
-            save_file(dict(optimizer), passing / OPTIMIZER)
+            save_file(dict(model), passing / "model.safetensors")
+            if optimizer is not None:
+                save_file(dict(optimizer), passing / OPTIMIZER)
             (passing / "state.json").write_text(json.dumps(asdict(state)), "utf-8")
             files = {}
             for path in sorted(passing.iterdir()):
@@ -313,9 +322,17 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished or running training, opened for use: `moe.load("out/NAME")`."""
+    """A finished or running training, or an imported model, opened for use: `moe.load("out/NAME")`."""
 
     model: Transformer
+    tokenizer: Tokenizer
+    config: RunConfig
+    checkpoint: Path
+
+
+class StoredRun(NamedTuple):
+    """A run as it lies on the disk: all but its tensors."""
+
     tokenizer: Tokenizer
     config: RunConfig
     checkpoint: Path
@@ -334,23 +351,23 @@ def load(
 ) -> Run:
     """Open a run's newest checkpoint, in evaluation mode. path: its folder; by default the newest under out/. dtype: of
     its weights and so of all products; bfloat16 takes half the memory. Raises DeviceError when they do not fit."""
-    if dtype not in get_args(Dtype):
-        raise CheckpointError(f"dtype = {dtype} is not known: give one of {', '.join(get_args(Dtype))}, as a string")
-    where, stored = resolve_device(device)[0], open_run(path, checkpoint)
-    with torch.device("meta"):  # no memory yet, and no random numbers for the file to overwrite
-        model = Transformer(stored.config.model).to(getattr(torch, dtype))
-    check_room(sum(tensor.nbytes for tensor in tensors_of(model).values()), where, dtype, stored.checkpoint)
-    model.to_empty(device=where).tie()
+    stored = open_run(path, checkpoint)
+    model = empty_model(stored.config.model, device, dtype, stored.checkpoint)
     load_model(model, stored.checkpoint / "model.safetensors")
     return Run(model.eval(), stored.tokenizer, stored.config, stored.checkpoint)
 
 
-class StoredRun(NamedTuple):
-    """A run as it lies on the disk: all but its tensors."""
-
-    tokenizer: Tokenizer
-    config: RunConfig
-    checkpoint: Path
+def empty_model(config: ModelConfig, device: str, dtype: Dtype, what: object) -> Transformer:
+    """A model whose numbers are still to be read, all of them. what: it is, for the message of the DeviceError that is
+    raised when it does not fit."""
+    if dtype not in get_args(Dtype):
+        raise CheckpointError(f"dtype = {dtype} is not known: give one of {', '.join(get_args(Dtype))}, as a string")
+    where = resolve_device(device)[0]
+    with torch.device("meta"):  # no memory yet, and no random numbers to be overwritten
+        model = Transformer(config).to(getattr(torch, dtype))
+    check_room(sum(tensor.nbytes for tensor in tensors_of(model).values()), where, dtype, what)
+    model.to_empty(device=where).tie()
+    return model
 
 
 def open_run(path: str | Path | None = None, checkpoint: Path | None = None) -> StoredRun:
@@ -362,8 +379,8 @@ def open_run(path: str | Path | None = None, checkpoint: Path | None = None) -> 
     checkpoint = checkpoint or complete[-1]
     verify(checkpoint)
     config, _, data = folder.read_setup()
-    tokenizer = Tokenizer.load(folder.path / "tokenizer.json")
+    file = folder.path / "tokenizer.json"
+    tokenizer = Tokenizer.load(file)
     if tokenizer.hash != data.get("tokenizer") or tokenizer.vocab_size > config.model.vocab_size:
-        path = folder.path / "tokenizer.json"
-        raise CheckpointError(f"{path} is not the tokenizer this run was trained with: put the run's own back")
+        raise CheckpointError(f"{file} is not the tokenizer this run was trained with: put the run's own back")
     return StoredRun(tokenizer, config, checkpoint)
