@@ -1,0 +1,113 @@
+"""Published models in, models trained here out.
+
+python -m moe.hub import Qwen3-30B-A3B out/qwen    a Hugging Face folder becomes a run
+python sample.py out/qwen --prompt "Once"          which samples, scores, and is trained on with --init-from
+python -m moe.hub export out/tiny tiny             a run becomes a folder that transformers opens
+python -m moe.hub parity                           every family against transformers, as a table
+"""
+
+import json as jsonlib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from moe.checkpoint import open_run
+from moe.config import MoeError
+from moe.cost import count, readable
+from moe.device import Dtype
+from moe.hub.configs import Reading
+from moe.hub.exports import SHARD_BYTES, export_run
+from moe.hub.imports import import_run
+from moe.tokenizer import NoTokenizer
+
+
+def import_command(
+    dir: tyro.conf.Positional[Path],
+    run: tyro.conf.Positional[Path],
+    dtype: Literal["stored"] | Dtype = "stored",
+    skip_mtp: bool = False,
+    reading: Reading = "transformers",
+    tokenizer: Path | None = None,
+) -> None:
+    """Make a run of a Hugging Face folder.
+
+    Args:
+        dir: The folder, with config.json and .safetensors files.
+        run: The run's folder, which must not hold one yet.
+        dtype: Of the stored weights. stored: as they are, FP8 as bfloat16.
+        skip_mtp: Leave DeepSeek-V3's layers for multi-token prediction out.
+        reading: Where DeepSeek's own inference code computes otherwise than transformers, which of them to follow.
+        tokenizer: Another folder to take the tokenizer from.
+    """
+    source = import_run(dir, run, dtype, skip_mtp, reading, tokenizer)
+    size = count(source.config)
+    print(f"imported {source.family.name}, {readable(size.total)} parameters, {readable(size.active)} active: {run}")
+    depths, skipped = source.config.num_nextn_predict_layers, source.skipped
+    if depths or skipped:
+        print(f"multi-token prediction: {f'{skipped} modules skipped' if skipped else f'{depths} modules'}")
+    if isinstance(open_run(run).tokenizer, NoTokenizer):
+        print("no tokenizer.json there: the run neither reads nor writes text until one is named with --tokenizer")
+
+
+def export_command(
+    run: tyro.conf.Positional[Path],
+    dir: tyro.conf.Positional[Path],
+    dtype: Dtype | None = None,
+    mtp: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a run's newest checkpoint as a Hugging Face folder.
+
+    Args:
+        run: A run's folder.
+        dir: The folder to write, which must not be there yet, or be empty.
+        dtype: Of the weights; by default as the run stores them.
+        mtp: Multi-token prediction as well, in DeepSeek's form, which transformers reports as unexpected keys.
+        shard_bytes: Where the next file of weights begins.
+    """
+    family = export_run(run, dir, dtype, mtp, shard_bytes)
+    print(f"exported {family.architecture}: {dir}")
+    if (modules := open_run(run).config.model.num_nextn_predict_layers) and not mtp:
+        print(f"multi-token prediction: {modules} modules left out, as transformers' class does; --mtp keeps them")
+
+
+def parity_command(family: str | None = None, models: int = 6, seed: int = 0, json: bool = False) -> None:
+    """Compare every family with transformers on small random models, and print the table.
+
+    Args:
+        family: One alone, such as DeepseekV3.
+        models: Drawn for each family.
+        seed: Of the draws.
+        json: Print one JSON object.
+    """
+    from moe.hub.parity import HEAD, compare, line_of, only
+
+    rows = []
+    if not json:
+        print(HEAD)
+    for one in only(family):
+        rows.append(compare(one, models, seed))
+        if not json:
+            print(line_of(rows[-1]), flush=True)
+    if json:
+        print(jsonlib.dumps({"rows": [asdict(row) for row in rows]}))
+
+
+def main() -> int:
+    commands = {"import": import_command, "export": export_command, "parity": parity_command}
+    config = (tyro.conf.FlagCreatePairsOff,)
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="python -m moe.hub", description=__doc__, config=config)  # type: ignore[arg-type]
+    except MoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Out: a model or a run becomes a Hugging Face folder that transformers opens with no code of its own.
+
+The folder holds what `AutoModelForCausalLM` and `AutoTokenizer` read: `config.json`, the weights under the family's
+names, sharded where they are large, the tokenizer as a `tokenizer.json`, `generation_config.json`, and a model card.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe.checkpoint import open_run, tensors_of
+from moe.config import ModelConfig
+from moe.device import Dtype
+from moe.hub.card import card, facts_of
+from moe.hub.configs import family_of, write_config
+from moe.hub.families import Family
+from moe.hub.folder import HubError, read_header, read_tensor
+from moe.hub.tensors import Piece, copies, pieces
+from moe.hub.tokenizers import write_tokenizer
+from moe.hub.writing import write_folder
+from moe.model import Transformer
+from moe.tokenizer import NoTokenizer, Tokenizer
+
+SHARD_BYTES = 5_000_000_000  # as transformers cuts
+
+
+class Weights(NamedTuple):
+    """A model's tensors by our names: what is known of them at once, and how to get one."""
+
+    dtypes: Mapping[str, torch.dtype]
+    read: Callable[[str], Tensor]
+
+
+def save(
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    path: str | Path,
+    dtype: Dtype = "float32",
+    mtp: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Family:
+    """Write a model and its tokenizer as a Hugging Face folder; which family it is.
+
+    dtype: of the stored weights. mtp: multi-token prediction as well, as DeepSeek publishes it; transformers' models
+    report it as unexpected. Raises HubError for an architecture that no family has, naming the fields, and for a folder
+    that is there already.
+    """
+    tensors = tensors_of(model)
+    weights = Weights({name: tensor.dtype for name, tensor in tensors.items()}, tensors.__getitem__)
+    return write(Path(path), model.config, weights, tokenizer or NoTokenizer(), dtype, mtp, shard_bytes)
+
+
+def export_run(
+    run: Path, path: Path, dtype: Dtype | None = None, mtp: bool = False, shard_bytes: int = SHARD_BYTES
+) -> Family:
+    """Write a run's newest checkpoint as a Hugging Face folder, tensor by tensor; which family it is. dtype: by default
+    what each tensor is stored in. Raises HubError as `save`, and CheckpointError for what holds no run."""
+    stored = open_run(run)
+    headers = read_header(stored.checkpoint / "model.safetensors")
+    dtypes = {name: header.dtype for name, header in headers.items()}
+    newest = lru_cache(maxsize=1)(lambda name: read_tensor(headers[name]))  # the parts of one follow each other
+    config = stored.config.model
+    facts = facts_of(run, stored)
+    return write(path, config, Weights(dtypes, newest), stored.tokenizer, dtype, mtp, shard_bytes, facts)
+
+
+def write(
+    path: Path,
+    config: ModelConfig,
+    weights: Weights,
+    tokenizer: Tokenizer,
+    dtype: Dtype | None,
+    mtp: bool,
+    shard_bytes: int,
+    facts: Mapping[str, str] = {},
+) -> Family:
+    family = family_of(config)
+    config = config if mtp else replace(config, num_nextn_predict_layers=0)
+    plan = {piece.theirs: piece for piece in pieces(config, family)}
+    if mtp:
+        plan |= {copy: plan[original] for copy, original in copies(config).items() if copy != "lm_head.weight"}
+    check_biases(config, family, weights)
+    stored = {name: dtype_of(name, piece, family, weights, dtype) for name, piece in plan.items()}
+    ids = special_ids(tokenizer)
+    main = str(stored["model.embed_tokens.weight"]).removeprefix("torch.")
+    files: dict[str, Any] = {
+        "generation_config.json": json.dumps(ids, indent=2).encode(),
+        "README.md": card(path.name, family, config, tokenizer, facts).encode(),
+    }
+    if not isinstance(tokenizer, NoTokenizer):
+        files["tokenizer"] = lambda folder: write_tokenizer(tokenizer, folder, config.max_position_embeddings)
+    write_folder(
+        path,
+        write_config(family, config) | ids | {"torch_dtype": main},
+        [(name, stored[name], piece.shape) for name, piece in plan.items()],
+        lambda name: weights.read(plan[name].ours)[plan[name].at],
+        files,
+        shard_bytes,
+    )
+    return family
+
+
+def check_biases(config: ModelConfig, family: Family, weights: Weights) -> None:
+    """Raises HubError where a router's bias steers the choice and the family has none."""
+    steered = [name for name in weights.dtypes if name.endswith("expert_bias") and weights.read(name).any()]
+    if steered and not family.names.bias:
+        raise HubError(
+            f"{family.name} routers have no bias, but {steered[0]} has moved: train with --model.bias-update-speed 0"
+        )
+
+
+def dtype_of(name: str, piece: Piece, family: Family, weights: Weights, dtype: Dtype | None) -> torch.dtype:
+    """What one of their tensors is stored in: a router's bias always float32, unless it came in otherwise."""
+    if dtype is None:
+        return weights.dtypes[piece.ours]
+    bias = family.names.bias is not None and name.endswith(family.names.bias)
+    return torch.float32 if bias else getattr(torch, dtype)
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Said even where there are none: a family's own defaults would end a text at some token of another vocabulary."""
+    if isinstance(tokenizer, NoTokenizer):
+        return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    stops = sorted(tokenizer.stops, key=lambda token: token != tokenizer.end_of_text)
+    eos = stops[0] if len(stops) == 1 else stops
+    return {"bos_token_id": tokenizer.start, "eos_token_id": eos, "pad_token_id": tokenizer.end_of_text}
