@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import train
+from moe import hub
 from moe.config import ModelConfig
 from moe.device import Runtime
 from moe.model import Transformer
@@ -57,48 +58,14 @@ def build(config: ModelConfig = SMALL, **changes) -> Transformer:
     return model
 
 
-def transformers_rope(config: ModelConfig) -> dict:
-    """The rotary embedding in transformers' words, as a published config.json has it: without what it leaves out."""
-    scaling = config.rope_scaling
-    names = {
-        "default": "",
-        "yarn": "factor original_max_position_embeddings beta_fast beta_slow truncate mscale mscale_all_dim",
-        "llama3": "factor original_max_position_embeddings low_freq_factor high_freq_factor",
-    }[scaling.rope_type]
-    rope = {name: getattr(scaling, name) for name in names.split()}
-    if scaling.attention_factor is not None:
-        rope["attention_factor"] = scaling.attention_factor
-    return {"rope_type": scaling.rope_type, "rope_theta": config.rope_theta} | rope
+def transformers_twin(model: Transformer, folder: Path):
+    """The same weights in the class of transformers that an export names; nothing missing, nothing left over."""
+    from transformers import AutoModelForCausalLM
 
-
-def transformers_twin(model: Transformer, family: str = "DeepseekV3", **fields):
-    """The same weights in one of transformers' models. fields: what its configuration calls otherwise."""
-    import transformers
-
-    config, kind = model.config, getattr(transformers, f"{family}Config")
-    names = kind().to_dict().keys() - {"head_dim"}
-    shared = {name: value for name, value in vars(config).items() if name in names}
-    if config.attention == "grouped":
-        fields |= {"head_dim": config.query_head_dim}
-    fields |= {"num_key_value_heads": config.key_value_heads, "rope_parameters": transformers_rope(config)}
-    theirs = kind(**shared | fields, attn_implementation="eager")
-    twin = getattr(transformers, f"{family}ForCausalLM")(theirs).eval()
-    ours = {
-        (name if name.startswith("lm_head") else f"model.{name}")
-        .replace("router.weight", "gate.weight")
-        .replace("router.expert_bias", "gate.e_score_correction_bias"): tensor
-        for name, tensor in model.state_dict().items()
-    }
-    for name in [name for name in ours if name.endswith("gate_up_proj.weight")]:  # a dense layer's, there two matrices
-        for part, tensor in zip(("gate_proj", "up_proj"), ours.pop(name).chunk(2), strict=True):
-            ours[name.replace("gate_up_proj", part)] = tensor
-    for name in [name for name in ours if name.endswith("mlp.gate_up_proj") or name.endswith("mlp.down_proj")]:
-        ours[name.replace("mlp.", "mlp.experts.")] = ours.pop(name)
-    for name in ours.keys() - twin.state_dict().keys():
-        if name.endswith("e_score_correction_bias"):  # of a family that has none
-            assert not ours.pop(name).any()
-    twin.load_state_dict(ours, strict=True)
-    return twin
+    hub.save(model, None, folder)
+    twin, remarks = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, attn_implementation="eager")
+    assert not any(remarks.values())
+    return twin.eval()
 
 
 def run_training(*arguments: str) -> int:

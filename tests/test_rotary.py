@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import transformers_rope
 
 from moe.config import ModelConfig, RopeScaling
+from moe.hub.configs import write_rope
 from moe.rotary import frequencies, rotary_table, rotate, softmax_magnitude, table_magnitude
 
 YARN = RopeScaling("yarn", factor=4.0, original_max_position_embeddings=64)
@@ -34,8 +34,8 @@ def transformers_rotary(dim: int, theta: float, scaling: RopeScaling):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    rope = transformers_rope(ModelConfig(rope_theta=theta, rope_scaling=scaling))
-    return LlamaRotaryEmbedding(LlamaConfig(hidden_size=dim, num_attention_heads=1, rope_parameters=rope))
+    rope = write_rope(ModelConfig(rope_theta=theta, rope_scaling=scaling))
+    return LlamaRotaryEmbedding(LlamaConfig(hidden_size=dim, num_attention_heads=1, **rope))
 
 
 @pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
