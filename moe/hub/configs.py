@@ -72,7 +72,7 @@ def check_demands(family: Family, config: Config) -> None:
             wanted = " or ".join(map(repr, allowed or (None,)))
             raise HubError(f"config.json: {name} = {value!r} cannot be computed here, only {wanted}")
     kinds = config.get("layer_types") or []
-    if any(kind != "full_attention" for kind in kinds):
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise HubError(f"config.json: layer_types = {kinds} has more than full_attention, which is all there is here")
 
 
@@ -82,7 +82,7 @@ def read_rope(config: Config, family: Family) -> Config:
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise HubError(f"config.json: rope_parameters = {rope!r} must be one object, for all layers")
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE:
+    if not isinstance(kind, str) or kind not in ROPE:
         raise HubError(f"config.json: rope_type = {kind!r} cannot be computed here, only {', '.join(ROPE)}")
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise HubError("config.json: partial_rotary_factor: rotating a part of each head is not implemented here")
@@ -102,12 +102,10 @@ def dense_layers(config: Config, family: Family, layers: int) -> dict[str, Any]:
     """Which of the layers have no experts, in our fields."""
     if family.dense:
         return {"first_k_dense_replace": layers}
-    listed = config.get("mlp_only_layers") or [] if "mlp_only_layers" in family.stores else []
-    every, phase = config.get("decoder_sparse_step") or 1, 1
-    if (
-        "first_k_dense_replace" in family.stores
-    ):  # DeepSeek's own code has it, transformers all experts behind the first
-        every, phase = config.get("moe_layer_freq") or 1, 0
+    if "mlp_only_layers" in family.stores:
+        listed, every, phase = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1, 1
+    else:  # transformers does not know this one of DeepSeek's, and all published models have 1
+        listed, every, phase = [], config.get("moe_layer_freq") or 1, 0
     if not isinstance(every, int) or every < 1:
         raise HubError(f"config.json: {every!r} is no distance between layers with experts")
     between = {layer for layer in range(layers) if (layer + phase) % every}

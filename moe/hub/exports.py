@@ -37,6 +37,14 @@ class Weights(NamedTuple):
     read: Callable[[str], Tensor]
 
 
+class Form(NamedTuple):
+    """How an export is stored."""
+
+    dtype: Dtype | None  # None: each tensor as it is
+    mtp: bool
+    shard_bytes: int
+
+
 def save(
     model: Transformer,
     tokenizer: Tokenizer | None,
@@ -53,7 +61,7 @@ def save(
     """
     tensors = tensors_of(model)
     weights = Weights({name: tensor.dtype for name, tensor in tensors.items()}, tensors.__getitem__)
-    return write(Path(path), model.config, weights, tokenizer or NoTokenizer(), dtype, mtp, shard_bytes)
+    return write(Path(path), model.config, weights, tokenizer or NoTokenizer(), Form(dtype, mtp, shard_bytes))
 
 
 def export_run(
@@ -65,51 +73,42 @@ def export_run(
     headers = read_header(stored.checkpoint / "model.safetensors")
     dtypes = {name: header.dtype for name, header in headers.items()}
     newest = lru_cache(maxsize=1)(lambda name: read_tensor(headers[name]))  # the parts of one follow each other
-    config = stored.config.model
-    facts = facts_of(run, stored)
-    return write(path, config, Weights(dtypes, newest), stored.tokenizer, dtype, mtp, shard_bytes, facts)
+    weights, form = Weights(dtypes, newest), Form(dtype, mtp, shard_bytes)
+    return write(path, stored.config.model, weights, stored.tokenizer, form, facts_of(run, stored))
 
 
 def write(
-    path: Path,
-    config: ModelConfig,
-    weights: Weights,
-    tokenizer: Tokenizer,
-    dtype: Dtype | None,
-    mtp: bool,
-    shard_bytes: int,
-    facts: Mapping[str, str] = {},
+    path: Path, config: ModelConfig, weights: Weights, tokenizer: Tokenizer, form: Form, facts: Mapping[str, str] = {}
 ) -> Family:
     family = family_of(config)
-    config = config if mtp else replace(config, num_nextn_predict_layers=0)
+    check_biases(family, weights)
+    config = config if form.mtp else replace(config, num_nextn_predict_layers=0)
     plan = {piece.theirs: piece for piece in pieces(config, family)}
-    if mtp:
+    if form.mtp:
         plan |= {copy: plan[original] for copy, original in copies(config).items() if copy != "lm_head.weight"}
-    check_biases(config, family, weights)
-    stored = {name: dtype_of(name, piece, family, weights, dtype) for name, piece in plan.items()}
+    stored = {name: dtype_of(name, piece, family, weights, form.dtype) for name, piece in plan.items()}
     ids = special_ids(tokenizer)
-    main = str(stored["model.embed_tokens.weight"]).removeprefix("torch.")
+    stated = write_config(family, config) | ids
+    stated["torch_dtype"] = str(stored["model.embed_tokens.weight"]).removeprefix("torch.")
     files: dict[str, Any] = {
         "generation_config.json": json.dumps(ids, indent=2).encode(),
         "README.md": card(path.name, family, config, tokenizer, facts).encode(),
     }
     if not isinstance(tokenizer, NoTokenizer):
         files["tokenizer"] = lambda folder: write_tokenizer(tokenizer, folder, config.max_position_embeddings)
+    tensors = [(name, stored[name], piece.shape) for name, piece in plan.items()]
     write_folder(
-        path,
-        write_config(family, config) | ids | {"torch_dtype": main},
-        [(name, stored[name], piece.shape) for name, piece in plan.items()],
-        lambda name: weights.read(plan[name].ours)[plan[name].at],
-        files,
-        shard_bytes,
+        path, stated, tensors, lambda name: weights.read(plan[name].ours)[plan[name].at], files, form.shard_bytes
     )
     return family
 
 
-def check_biases(config: ModelConfig, family: Family, weights: Weights) -> None:
+def check_biases(family: Family, weights: Weights) -> None:
     """Raises HubError where a router's bias steers the choice and the family has none."""
+    if family.names.bias:
+        return
     steered = [name for name in weights.dtypes if name.endswith("expert_bias") and weights.read(name).any()]
-    if steered and not family.names.bias:
+    if steered:
         raise HubError(
             f"{family.name} routers have no bias, but {steered[0]} has moved: train with --model.bias-update-speed 0"
         )

@@ -72,7 +72,7 @@ FAMILIES = (
         stores=named(BASE, DEEPSEEK, "norm_topk_prob rope_interleave num_nextn_predict_layers"),
         missing=SILENT
         | {"norm_topk_prob": True, "n_group": 8, "topk_group": 4, "n_shared_experts": 1, "routed_scaling_factor": 2.5}
-        | {"rope_interleave": True, "aux_loss_alpha": 1e-4, "num_nextn_predict_layers": 0},
+        | {"rope_interleave": True, "q_lora_rank": 1536, "aux_loss_alpha": 1e-4, "num_nextn_predict_layers": 0},
         given={"attention": "latent", "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
         demands=PLAIN | {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
         names=Names(bias="gate.e_score_correction_bias"),
@@ -86,6 +86,7 @@ FAMILIES = (
             "n_group": 1,
             "topk_group": 1,
             "n_shared_experts": 2,
+            "q_lora_rank": 1536,
             "topk_method": "greedy",
             "routed_scaling_factor": 1.0,
             "first_k_dense_replace": 0,
