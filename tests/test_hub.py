@@ -11,6 +11,8 @@ from conftest import SMALL, TEXT, build, run_training
 from safetensors.torch import load_file, save_file
 
 import moe
+import moe.lab.__main__ as lab
+import sample
 from moe import hub
 from moe.checkpoint import tensors_of
 from moe.hub.__main__ import main
@@ -26,9 +28,10 @@ def command(monkeypatch, *arguments) -> int:
     return main()
 
 
-def saved(folder: Path, name: str = "DeepseekV3", dtype=torch.float32, **options) -> Path:
+def saved(folder: Path, name: str = "DeepseekV3", dtype=torch.float32, context: int = 64, **options) -> Path:
     """A small model of transformers, as it saves it."""
     model = draw(next(family for family in FAMILIES if family.name == name), seed=7)
+    model.config.max_position_embeddings = context
     model.to(dtype).save_pretrained(folder, **options)
     return folder
 
@@ -46,11 +49,26 @@ def rewrite(folder: Path, change) -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(debug_run, tmp_path_factory) -> Path:
-    """The debug run as a Hugging Face folder. Not to be written to."""
-    folder = tmp_path_factory.mktemp("export") / "debug"
-    hub.export_run(debug_run, folder)
+def trained(tmp_path_factory) -> Path:
+    """A finished run with a context that holds 100 new tokens. Not to be written to."""
+    folder = tmp_path_factory.mktemp("run") / "trained"
+    assert run_training("--out", folder, "--data", TEXT, "--quiet", "--model.max-position-embeddings", "192") == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def exported(trained) -> Path:
+    """That run as a Hugging Face folder. Not to be written to."""
+    hub.export_run(trained, trained.parent / "exported")
+    return trained.parent / "exported"
+
+
+def printed(script, monkeypatch, capsys, *arguments) -> dict:
+    """The JSON object that one of the scripts prints."""
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", ["script", *map(str, arguments), "--json"])
+    assert script.main() == 0
+    return json.loads(capsys.readouterr().out)
 
 
 def open_in_transformers(folder: Path, tokenizer: bool = True):
@@ -61,35 +79,32 @@ def open_in_transformers(folder: Path, tokenizer: bool = True):
     return model.eval(), AutoTokenizer.from_pretrained(folder) if tokenizer else None
 
 
-def test_a_model_trained_here_writes_the_same_in_transformers(debug_run, exported):
-    run, (model, tokenizer) = moe.load(debug_run, "cpu"), open_in_transformers(exported)
+def test_sample_py_writes_the_same_100_tokens_as_transformers(trained, exported, monkeypatch, capsys):
+    model, tokenizer = open_in_transformers(exported)
     inputs = tokenizer(PROMPT, return_tensors="pt")
-    ours = torch.tensor([run.tokenizer.prompt(PROMPT.encode())])
-    assert torch.equal(inputs.input_ids, ours)
-    room = run.config.model.max_position_embeddings - ours.shape[1]
-    theirs = model.generate(**inputs, max_new_tokens=room, do_sample=False)
-    stop = run.tokenizer.end_of_text
-    assert torch.equal(moe.generate(run.model, ours, room, temperature=0.0, stop=stop), theirs)
-    text = moe.generate_text(run, PROMPT, max_new_tokens=room, temperature=0.0)
-    assert tokenizer.decode(theirs[0], skip_special_tokens=True) == text
+    theirs = model.generate(**inputs, max_new_tokens=100, do_sample=False)[0, inputs.input_ids.shape[1] :]
+    greedy = ("--prompt", PROMPT, "--temperature", 0, "--max-new-tokens", 100)
+    (ours,) = printed(sample, monkeypatch, capsys, trained, *greedy)["samples"]
+    assert len(ours["tokens"]) == 100
+    assert ours == {"text": tokenizer.decode(theirs), "tokens": theirs.tolist()}
 
 
 @torch.no_grad()
-def test_a_text_costs_the_same_in_transformers(debug_run, exported):
-    run, (model, tokenizer) = moe.load(debug_run, "cpu"), open_in_transformers(exported)
-    text = TEXT.read_text()[-60:]  # within one window
-    ids = tokenizer(text, return_tensors="pt").input_ids
-    result = score(run, text.encode(), "separate")
-    assert result.tokens == ids.shape[1] - 1
-    assert result.nats / result.tokens == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
+def test_the_lab_prices_a_text_as_transformers_does(trained, exported, tmp_path, monkeypatch, capsys):
+    model, tokenizer = open_in_transformers(exported)
+    (tmp_path / "text").write_text(TEXT.read_text()[-60:])  # within one window
+    ids = tokenizer((tmp_path / "text").read_text(), return_tensors="pt").input_ids
+    ours = printed(lab, monkeypatch, capsys, "score", trained, tmp_path / "text", "--windows", "separate")
+    assert ours["tokens"] == ids.shape[1] - 1
+    assert ours["nats_per_token"] == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
 
 
 def test_an_export_imported_is_the_same_model_which_samples_scores_and_trains_on(
-    debug_run, exported, tmp_path, monkeypatch, capsys
+    trained, exported, tmp_path, monkeypatch, capsys
 ):
     assert command(monkeypatch, "import", exported, tmp_path / "run") == 0
     assert "imported DeepseekV3, 49.5k parameters, 33.1k active" in capsys.readouterr().out
-    ours, again = moe.load(debug_run, "cpu"), moe.load(tmp_path / "run", "cpu")
+    ours, again = moe.load(trained, "cpu"), moe.load(tmp_path / "run", "cpu")
     assert_same(ours.model, again.model)
     assert moe.generate_text(ours, PROMPT, 40, seed=1) == moe.generate_text(again, PROMPT, 40, seed=1)
     data = "Für alle 100 Bürger…\n".encode() * 3
@@ -100,6 +115,7 @@ def test_an_export_imported_is_the_same_model_which_samples_scores_and_trains_on
     assert first["loss"] < 5  # an untrained one costs log 320, 5.8
     assert command(monkeypatch, "export", onwards, tmp_path / "out") == 0
     open_in_transformers(tmp_path / "out")
+    assert "| started from | run |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_an_imported_run_is_never_resumed_nor_written_over(exported, tmp_path, monkeypatch, capsys):
@@ -128,12 +144,18 @@ def test_import_and_export_give_every_byte_back(name, dtype, tmp_path, monkeypat
 
 def test_the_dtype_of_an_import_and_an_export_can_be_chosen_but_for_the_routers_bias(tmp_path):
     theirs = saved(tmp_path / "theirs", dtype=torch.bfloat16)
-    hub.import_run(theirs, tmp_path / "run", dtype="float32")
-    stored = load_file(next(tmp_path.glob("run/checkpoints/*/model.safetensors")))
-    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
-    hub.export_run(tmp_path / "run", tmp_path / "again", dtype="bfloat16")
-    for name, tensor in load_file(tmp_path / "again" / "model.safetensors").items():
-        assert tensor.dtype == (torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16)
+    for dtype, other in (("float32", "bfloat16"), ("bfloat16", "float32")):
+        hub.import_run(theirs, tmp_path / dtype, dtype=dtype)
+        stored = load_file(next(tmp_path.glob(f"{dtype}/checkpoints/*/model.safetensors")))
+        for name, tensor in stored.items():
+            assert tensor.dtype == (torch.float32 if name.endswith("expert_bias") else getattr(torch, dtype))
+        again = tmp_path / f"{dtype} as {other}"
+        hub.export_run(tmp_path / dtype, again, dtype=other)
+        for name, tensor in load_file(again / "model.safetensors").items():
+            assert tensor.dtype == (torch.float32 if name.endswith("_bias") else getattr(torch, other))
+        assert json.loads((again / "config.json").read_text())["torch_dtype"] == other
+    with pytest.raises(hub.HubError, match="dtype = float16 is not known"):
+        hub.save(hub.load(theirs, device="cpu"), None, tmp_path / "out", dtype="float16")
 
 
 def test_shards_come_in_and_go_out(tmp_path):
@@ -172,6 +194,42 @@ def test_layers_beyond_those_of_the_configuration_are_unexpected(tmp_path):
     (theirs / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     with pytest.raises(hub.HubError, match=r"unexpected: model\.layers\.1\."):
         hub.load(theirs)
+
+
+@pytest.mark.parametrize("changes", [{"vocab_size": 10**12}, {"n_routed_experts": 10**6}, {"num_hidden_layers": 9999}])
+def test_sizes_beyond_all_tensors_are_refused_before_anything_is_built(changes, tmp_path):
+    theirs = saved(tmp_path / "theirs")
+    config = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(hub.HubError, match=f"{next(iter(changes))} = .* more than all its tensors hold"):
+        hub.load(theirs)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_import_begins_again_over_what_a_killed_one_left_and_says_when_memory_will_not_do(tmp_path, monkeypatch):
+    theirs = saved(tmp_path / "theirs", context=4096)
+    with monkeypatch.context() as patch:
+        patch.setattr("moe.device.machine_bytes", lambda device: 1000)
+        with pytest.raises(moe.MoeError, match="this machine has"):
+            hub.import_run(theirs, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("moe.checkpoint.RunFolder.save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            hub.import_run(theirs, tmp_path / "run")
+    assert (tmp_path / "run" / "config.json").exists()
+    hub.import_run(theirs, tmp_path / "run")
+    assert moe.load(tmp_path / "run").config.train.sequence_length == 2048  # of a context of 4096
+
+
+def test_an_empty_folder_one_stands_in_is_filled_and_not_replaced(exported, trained, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    hub.export_run(trained, Path())
+    assert sorted(file.name for file in Path().iterdir()) == sorted(file.name for file in exported.iterdir())
+    assert "# mine" in Path("README.md").read_text()
 
 
 def test_tables_that_older_files_keep_are_passed_over(tmp_path):
@@ -263,9 +321,9 @@ def test_an_architecture_without_a_family_and_a_moved_bias_are_refused_and_nothi
     hub.save(build(**softmax, bias_update_speed=0.0), None, tmp_path / "out")
 
 
-def test_the_card_says_what_the_run_was_and_no_text_becomes_markup(debug_run, exported, tmp_path):
+def test_the_card_says_what_the_run_was_and_no_text_becomes_markup(trained, exported, tmp_path):
     card = (exported / "README.md").read_text()
-    last = json.loads((debug_run / "metrics.jsonl").read_text().split("\n")[-2])
+    last = json.loads((trained / "metrics.jsonl").read_text().split("\n")[-2])
     for fact in (
         "library_name: transformers",
         "49.5k, 33.1k active for a token",
@@ -282,7 +340,7 @@ def test_the_card_says_what_the_run_was_and_no_text_becomes_markup(debug_run, ex
 def test_an_imported_run_says_where_it_is_from(exported, tmp_path):
     hub.import_run(exported, tmp_path / "run")
     hub.export_run(tmp_path / "run", tmp_path / "again")
-    assert "| imported from | debug, DeepseekV3 |" in (tmp_path / "again" / "README.md").read_text()
+    assert "| imported from | exported, DeepseekV3 |" in (tmp_path / "again" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

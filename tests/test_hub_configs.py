@@ -1,9 +1,10 @@
 """What a config.json means, and which one a model's configuration is."""
 
 from dataclasses import fields, replace
-from math import log
+from math import ceil, floor, log, pi
 
 import pytest
+import torch
 from conftest import SMALL
 from published import PUBLISHED
 
@@ -13,7 +14,8 @@ from moe.hub.configs import canonical, family_of, obstacles, read_config, write_
 from moe.hub.families import FAMILIES
 from moe.hub.folder import HubError
 from moe.hub.parity import draw
-from moe.rotary import softmax_magnitude, table_magnitude
+from moe.rotary import frequencies, softmax_magnitude, table_magnitude
+from moe.router import Router
 
 BY_NAME = {family.name: family for family in FAMILIES}
 EVERY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -32,14 +34,13 @@ def test_a_field_that_is_not_there_means_what_it_means_to_transformers(family):
 
     kind = getattr(transformers, f"{family.name}Config")
     theirs = kind().to_dict()
-    ours_alone = {"aux_loss_alpha", "num_nextn_predict_layers", "rope_theta"}  # of training, or read elsewhere
-    for ours in family.missing.keys() - ours_alone:
+    for ours in family.missing.keys() - {"num_nextn_predict_layers", "rope_theta"}:  # read from elsewhere
         name = family.stores.get(ours, ours)
         if name not in theirs:
-            assert family.missing[ours] is None or family.missing[ours] == SMALL.attention_bias
+            assert name == "aux_loss_alpha" or not family.missing[ours]
             continue
         silent = {"n_group": 1, "topk_group": 1, "head_dim": None, "num_key_value_heads": None}
-        meant = family.missing[ours]
+        meant = list(family.missing[ours]) if ours == "mlp_only_layers" else family.missing[ours]
         assert theirs[name] == meant or (meant == silent.get(ours, "") and kind_says_nothing(kind, name)), name
 
 
@@ -67,6 +68,12 @@ def test_what_is_read_and_written_means_the_same(family, seed):
         ("Llama", {"num_key_value_heads": 3}, "num_key_value_heads = 3 must divide"),
         ("Llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu' cannot be computed here, only 'silu'"),
         ("Llama", {"mlp_bias": True}, "mlp_bias = True"),
+        ("Qwen2", {"is_causal": False}, "is_causal = False cannot be computed here, only True"),
+        ("Llama", {"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000 is more than any model has"),
+        ("Llama", {"rms_norm_eps": 10**400}, "rms_norm_eps = inf must be finite"),
+        ("Llama", {"rope_scaling": YARN | {"attention_factor": 0.0}}, "attention_factor = 0.0"),
+        ("Llama", {"layer_types": 3}, "layer_types"),
+        ("Llama", {"rope_scaling": YARN | {"rope_type": ["yarn"]}}, "rope_type"),
         ("Llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ("Llama", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type = 'longrope'"),
         ("Llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
@@ -103,6 +110,10 @@ def test_rotary_embedding_is_read_in_both_forms_that_transformers_has_had():
         assert (model.rope_theta, model.rope_scaling) == (5e5, wanted)
     older = {"type": "yarn", "original_max_position_embeddings": 16, "factor": None, "mscale": None, "beta_fast": 0}
     assert read_config(config | {"rope_scaling": older})[1].rope_scaling == wanted  # the factor from both contexts
+    exact = config | {"rope_scaling": YARN | {"truncate": False}}
+    assert read_config(exact)[1].rope_scaling == replace(wanted, truncate=False)
+    outside = config | {"rope_scaling": YARN, "original_max_position_embeddings": 32}  # as Phi has it, and it wins
+    assert read_config(outside)[1].rope_scaling == replace(wanted, original_max_position_embeddings=32)
     del config["max_position_embeddings"]
     with pytest.raises(HubError, match="max_position_embeddings is missing"):
         read_config(config)
@@ -126,41 +137,89 @@ def test_kimi_k2_is_a_deepseek_v3():
     assert read_config(config_of("DeepseekV3", model_type="kimi_k2"))[0] is BY_NAME["DeepseekV3"]
 
 
-def test_null_shared_experts_are_none():
-    assert read_config(config_of("DeepseekV3") | {"n_shared_experts": None})[1].n_shared_experts == 0
+def test_null_means_what_it_does_in_transformers():
+    config = config_of("DeepseekV3") | dict.fromkeys(("n_shared_experts", "norm_topk_prob", "rope_interleave"))
+    model = read_config(config)[1]
+    assert (model.n_shared_experts, model.norm_topk_prob, model.rope_interleave) == (0, False, False)
+    qwen = read_config(config_of("Qwen3Moe") | {"mlp_only_layers": None})[1]
+    assert qwen.mlp_only_layers == ()
+    assert read_config(config_of("Qwen2") | {"num_key_value_heads": None})[1].key_value_heads == 4
 
 
-def gates_of(name: str, reading: str, **changes) -> tuple:
-    model = read_config(config_of(name, n_group=4, topk_group=2, num_experts_per_tok=2, **changes), reading)[1]
-    return model.norm_topk_prob, model.topk_method, model.routed_scaling_factor
+def deepseek_gates(config: dict, scores: list[float], bias: list[float]) -> dict[int, float]:
+    """Experts and gates of one token as DeepSeek's inference code has them, in plain Python over its config.json."""
+    experts, groups, kept = config["n_routed_experts"], config["n_group"], config["topk_group"]
+    sigmoid = config["model_type"] == "deepseek_v3"
+    biased = [score + offset * sigmoid for score, offset in zip(scores, bias, strict=True)]
+    size = experts // groups
+    members = [sorted(biased[size * group : size * (group + 1)], reverse=True) for group in range(groups)]
+    worth = [sum(best[:2]) if sigmoid else best[0] for best in members]
+    best_groups = sorted(range(groups), key=lambda group: -worth[group])[:kept]
+    allowed = [expert for expert in range(experts) if groups == 1 or expert // size in best_groups]
+    chosen = sorted(allowed, key=lambda expert: -biased[expert])[: config["num_experts_per_tok"]]
+    total = sum(scores[expert] for expert in chosen) if sigmoid else 1.0
+    return {expert: scores[expert] / total * config["routed_scaling_factor"] for expert in chosen}
 
 
 @pytest.mark.parametrize("norm", [True, False])
-def test_deepseeks_own_code_normalises_sigmoid_gates_alone_and_groups_wherever_it_can(norm):
-    scaled = {"norm_topk_prob": norm, "routed_scaling_factor": 16.0}
-    assert gates_of("DeepseekV3", "transformers", **scaled) == (norm, "noaux_tc", 16.0)
-    assert gates_of("DeepseekV3", "deepseek", **scaled) == (True, "noaux_tc", 16.0)
-    scaled["topk_method"] = "greedy"
-    assert gates_of("DeepseekV2", "transformers", **scaled) == (False, "greedy", 16.0)
-    assert gates_of("DeepseekV2", "deepseek", **scaled) == (False, "group_limited_greedy", 16.0)
+@pytest.mark.parametrize(("name", "method"), [("DeepseekV3", "noaux_tc"), ("DeepseekV2", "greedy")])
+def test_deepseeks_own_code_normalises_sigmoid_gates_alone_and_groups_wherever_it_can(name, method, norm):
+    config = config_of(name, n_group=4, topk_group=2, num_experts_per_tok=2, norm_topk_prob=norm, topk_method=method)
+    config |= {"routed_scaling_factor": 16.0}
+    model = read_config(config, "deepseek")[1]
+    router = Router(replace(model, initializer_range=1.0))
+    router.expert_bias.uniform_(-0.5, 0.5).mul_(model.scoring_func == "sigmoid")
+    routing = router(torch.randn(50, model.hidden_size))
+    for token in range(50):
+        wanted = deepseek_gates(config, routing.scores[token].tolist(), router.expert_bias.tolist())
+        found = dict(zip(routing.chosen[token].tolist(), routing.gates[token].tolist(), strict=True))
+        assert found == pytest.approx(wanted, rel=1e-5)
+    assert read_config(config)[1].norm_topk_prob == (norm and name == "DeepseekV3")
 
 
-def test_deepseeks_own_code_stretches_no_context_that_is_not_longer_and_knows_one_mscale():
-    short = config_of("DeepseekV3", rope_scaling=YARN | {"original_max_position_embeddings": 64})
-    assert read_config(short)[1].rope_scaling.rope_type == "yarn"
-    assert read_config(short, "deepseek")[1].rope_scaling == RopeScaling()
-    for mscale, wanted in (({}, 1.0), ({"mscale": 0.7, "mscale_all_dim": 1.3}, 0.7)):
-        scaling = read_config(config_of("DeepseekV3", rope_scaling=YARN | mscale), "deepseek")[1].rope_scaling
-        assert (scaling.mscale, scaling.mscale_all_dim) == (wanted, wanted)
-        assert (table_magnitude(scaling), softmax_magnitude(scaling)) == (1, (0.1 * wanted * log(4.0) + 1) ** 2)
+def test_deepseeks_own_code_has_one_eps_and_turns_neighbours():
+    model = read_config(config_of("DeepseekV3", rms_norm_eps=1e-3, rope_interleave=False), "deepseek")[1]
+    assert (model.rms_norm_eps, model.rope_interleave) == (1e-6, True)
+    with pytest.raises(HubError, match="'llama3' is unknown to DeepSeek's code"):
+        read_config(config_of("DeepseekV3", rope_scaling=YARN | {"rope_type": "llama3"}), "deepseek")
+
+
+def deepseek_frequencies(dim: int, theta: float, context: int, original: int, factor: float) -> list[float]:
+    """Of each pair, as DeepSeek's inference code has them."""
+    plain = [theta ** (-2 * pair / dim) for pair in range(dim // 2)]
+    if context <= original:
+        return plain
+
+    def place(turns: float) -> float:
+        return dim * log(original / (turns * 2 * pi)) / (2 * log(theta))
+
+    low, high = max(floor(place(32)), 0), min(ceil(place(1)), dim - 1)
+    ramp = [min(max((pair - low) / ((high - low) or 0.001), 0), 1) for pair in range(dim // 2)]
+    return [one / factor * part + one * (1 - part) for one, part in zip(plain, ramp, strict=True)]
+
+
+@pytest.mark.parametrize("original", [16, 64])  # the context has 64 positions
+@pytest.mark.parametrize(("mscale", "meant"), [({}, 1.0), ({"mscale": 0.7, "mscale_all_dim": 1.3}, 0.7)])
+def test_deepseeks_own_code_stretches_no_context_that_is_not_longer_and_knows_one_mscale(original, mscale, meant):
+    rope = YARN | {"original_max_position_embeddings": original} | mscale
+    config = config_of("DeepseekV3", rope_scaling=rope, rope_theta=100.0, qk_rope_head_dim=8)
+    model = read_config(config, "deepseek")[1]
+    found = frequencies(8, model.rope_theta, model.rope_scaling, torch.device("cpu"))
+    assert found.tolist() == pytest.approx(deepseek_frequencies(8, 100.0, 64, original, 4.0))
+    assert table_magnitude(model.rope_scaling) == 1
+    sharper = (0.1 * meant * log(4.0) + 1) ** 2 if original < 64 else 1.0
+    assert softmax_magnitude(model.rope_scaling) == pytest.approx(sharper)
+    assert read_config(config)[1].rope_scaling.rope_type == "yarn"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_model_has_its_published_size_and_both_references_agree_on_it(name):
+def test_a_published_model_has_its_size_and_both_references_agree_on_it_but_for_an_eps(name):
     config, billions = PUBLISHED[name]
     family, model = read_config(config)
     assert count(model).total / 1e9 == pytest.approx(billions, rel=5e-3)
-    assert canonical(read_config(config, "deepseek")[1]) == canonical(model)
+    there = read_config(config, "deepseek")[1]
+    assert canonical(replace(there, rms_norm_eps=model.rms_norm_eps)) == canonical(model)
+    assert there.rms_norm_eps == model.rms_norm_eps or name == "Moonlight-16B-A3B"
     assert obstacles(family, model) == []
 
 
@@ -185,6 +244,11 @@ def test_an_architecture_that_no_family_has_is_refused_with_the_fields_in_the_wa
     with pytest.raises(HubError, match="no published family has this architecture; in the way of") as refused:
         family_of(replace(SMALL, **changes))
     assert says in str(refused.value)
+
+
+def test_transformers_deepseek_v2_wants_heads_that_divide_the_width():
+    model = replace(SMALL, scoring_func="softmax", norm_topk_prob=False, num_attention_heads=3)
+    assert obstacles(BY_NAME["DeepseekV2"], model) == ["num_attention_heads = 3 does not divide hidden_size = 32"]
 
 
 @pytest.mark.parametrize(

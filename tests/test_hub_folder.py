@@ -385,8 +385,8 @@ def plan(tensors: dict[str, Tensor]) -> list[tuple[str, torch.dtype, tuple[int, 
     return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
 
 
-def write(path: Path, tensors: dict[str, Tensor] = TENSORS, read=None, files=None, **options) -> None:
-    write_folder(path, {"model_type": "small"}, plan(tensors), read or tensors.get, files or {}, **options)
+def write(path: Path, tensors: dict[str, Tensor] = TENSORS, read=None, files=None, shard_bytes=10**9) -> None:
+    write_folder(path, {"model_type": "small"}, plan(tensors), read or tensors.get, files or {}, shard_bytes)
 
 
 def test_a_small_model_is_one_file(tmp_path):
@@ -428,7 +428,7 @@ def test_tensors_that_share_memory_need_grad_or_have_gaps_are_written(tmp_path):
 
 def test_tensors_are_stored_in_the_dtype_of_the_plan(tmp_path):
     value = torch.randn(5)
-    write_folder(tmp_path / "model", {}, [("a", torch.bfloat16, (5,))], lambda name: value, {})
+    write_folder(tmp_path / "model", {}, [("a", torch.bfloat16, (5,))], lambda name: value, {}, 10**9)
     assert torch.equal(Folder(tmp_path / "model").read("a"), value.bfloat16())
 
 

@@ -194,9 +194,9 @@ def test_documents_are_each_encoded_by_itself_with_an_end_of_text_between_them(r
 
 def test_start_and_stops_come_from_the_folder(tmp_path):
     ends = {"config": {"eos_token_id": 1}, "generation_config": {"eos_token_id": [1, 7]}}
-    tokenizer = read_tokenizer(make_folder(tmp_path / "a", LLAMA3, NAMES, **ends), stops=[9])
+    tokenizer = read_tokenizer(make_folder(tmp_path / "a", LLAMA3, NAMES, **ends))
     bos, eos = LLAMA3.token_to_id(BOS), LLAMA3.token_to_id(EOS)
-    assert (tokenizer.start, tokenizer.end_of_text, tokenizer.stops) == (bos, eos, {1, 7, 9, eos})
+    assert (tokenizer.start, tokenizer.end_of_text, tokenizer.stops) == (bos, eos, {1, 7, eos})
     assert tokenizer.prompt(b"") == [bos]
     without = read_tokenizer(make_folder(tmp_path / "b", byte_level()))  # puts nothing before a text
     assert (without.start, without.prompt(b""), without.stops) == (eos, [eos], {eos})

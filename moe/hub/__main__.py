@@ -14,7 +14,6 @@ from typing import Literal
 
 import tyro
 
-from moe.checkpoint import open_run
 from moe.config import MoeError
 from moe.cost import count, readable
 from moe.device import Dtype
@@ -42,13 +41,13 @@ def import_command(
         reading: Where DeepSeek's own inference code computes otherwise than transformers, which of them to follow.
         tokenizer: Another folder to take the tokenizer from.
     """
-    source = import_run(dir, run, dtype, skip_mtp, reading, tokenizer)
+    source, words = import_run(dir, run, dtype, skip_mtp, reading, tokenizer)
     size = count(source.config)
     print(f"imported {source.family.name}, {readable(size.total)} parameters, {readable(size.active)} active: {run}")
     depths, skipped = source.config.num_nextn_predict_layers, source.skipped
     if depths or skipped:
         print(f"multi-token prediction: {f'{skipped} modules skipped' if skipped else f'{depths} modules'}")
-    if isinstance(open_run(run).tokenizer, NoTokenizer):
+    if isinstance(words, NoTokenizer):
         print("no tokenizer.json there: the run neither reads nor writes text until one is named with --tokenizer")
 
 
@@ -68,10 +67,10 @@ def export_command(
         mtp: Multi-token prediction as well, in DeepSeek's form, which transformers reports as unexpected keys.
         shard_bytes: Where the next file of weights begins.
     """
-    family = export_run(run, dir, dtype, mtp, shard_bytes)
+    family, left_out = export_run(run, dir, dtype, mtp, shard_bytes)
     print(f"exported {family.architecture}: {dir}")
-    if (modules := open_run(run).config.model.num_nextn_predict_layers) and not mtp:
-        print(f"multi-token prediction: {modules} modules left out, as transformers' class does; --mtp keeps them")
+    if left_out:
+        print(f"multi-token prediction: {left_out} modules left out, as transformers' class does; --mtp keeps them")
 
 
 def parity_command(family: str | None = None, models: int = 6, seed: int = 0, json: bool = False) -> None:

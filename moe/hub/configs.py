@@ -2,7 +2,7 @@
 
 There are two references, transformers and the inference code that DeepSeek published with V3. Where they compute
 different things from one `config.json`, `reading` says which to follow, and the difference becomes fields of
-`ModelConfig` (see `as_deepseek`). They agree on every model that DeepSeek has released.
+`ModelConfig` (see `as_deepseek`). They agree on every model that DeepSeek has published.
 """
 
 from dataclasses import fields, replace
@@ -15,14 +15,22 @@ from moe.hub.folder import HubError
 Reading = Literal["transformers", "deepseek"]
 Config = dict[str, Any]  # a config.json
 
-EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")  # transformers takes any of them
-NULLS = {"q_lora_rank": None, "num_key_value_heads": None, "head_dim": None, "n_shared_experts": 0}  # what null means
+EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")  # transformers has two names in each family
+NULLS = {  # what null means, where it is not the same as silence
+    "q_lora_rank": None,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "n_shared_experts": 0,
+    "norm_topk_prob": False,
+    "rope_interleave": False,
+}
 ROPE = {  # what each kind of scaling has, beside its type
     "default": "",
     "yarn": "factor original_max_position_embeddings beta_fast beta_slow truncate mscale mscale_all_dim "
     "attention_factor",
     "llama3": "factor original_max_position_embeddings low_freq_factor high_freq_factor",
 }
+UNSET_BY_ZERO = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
 LAYERS = 10_000  # so that a broken file costs no hours
 # Fields without a part in the outputs, or in those of some models only
 TRAINING = (
@@ -40,28 +48,29 @@ def read_config(config: Config, reading: Reading = "transformers") -> tuple[Fami
     """What a config.json means. Raises HubError naming the field that is missing, wrong, or beyond this model."""
     family = family_named(config)
     check_demands(family, config)
+    try:
+        model = from_dict(ModelConfig, stated(family, config) | read_rope(config, family), "config.json")
+        model = replace(model, **dense_layers(config, family, model.num_hidden_layers))
+    except (ConfigError, OverflowError) as error:
+        raise HubError(str(error)) from None
+    if model.attention == "grouped" and config.get("head_dim") not in (None, model.query_head_dim):
+        raise HubError(f"config.json: head_dim = {config['head_dim']} must be {model.query_head_dim} in this family")
+    return family, as_deepseek(model) if reading == "deepseek" else model
+
+
+def stated(family: Family, config: Config) -> dict[str, Any]:
+    """Our fields as a config.json states them, or leaves them to the family. Raises HubError for one missing."""
     values = dict(family.given)
     for ours, theirs in family.stores.items():
         spellings = EXPERT_COUNTS if theirs in EXPERT_COUNTS else (theirs,)
         silent = family.missing.get(ours)
-        stored = next((config[name] for name in spellings if name in config), silent)
-        values[ours] = NULLS.get(ours, silent) if stored is None else stored
+        found = next((config[name] for name in spellings if name in config), silent)
+        values[ours] = NULLS.get(ours, silent) if found is None else found
         if values[ours] is None and ours not in NULLS:
             raise HubError(f"config.json: {theirs} is missing")
-    if (layers := config.get("num_hidden_layers")) and isinstance(layers, int) and layers > LAYERS:
-        raise HubError(f"config.json: num_hidden_layers = {layers} is more than any model has")
     if "attention_bias" in family.stores:  # there it stands for the output's as well
         values["attention_output_bias"] = values["attention_bias"]
-    try:
-        model = from_dict(ModelConfig, values | read_rope(config, family), "config.json")
-        model = replace(model, **dense_layers(config, family, model.num_hidden_layers))
-        if model.attention == "grouped" and config.get("head_dim") not in (None, model.query_head_dim):
-            raise HubError(
-                f"config.json: head_dim = {config['head_dim']} must be {model.query_head_dim} in this family"
-            )
-    except (ConfigError, OverflowError) as error:
-        raise HubError(str(error)) from None
-    return family, as_deepseek(model, config) if reading == "deepseek" else model
+    return values
 
 
 def check_demands(family: Family, config: Config) -> None:
@@ -74,6 +83,8 @@ def check_demands(family: Family, config: Config) -> None:
     kinds = config.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise HubError(f"config.json: layer_types = {kinds} has more than full_attention, which is all there is here")
+    if isinstance(layers := config.get("num_hidden_layers"), int) and layers > LAYERS:
+        raise HubError(f"config.json: num_hidden_layers = {layers} is more than any model has")
 
 
 def read_rope(config: Config, family: Family) -> Config:
@@ -87,8 +98,10 @@ def read_rope(config: Config, family: Family) -> Config:
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise HubError("config.json: partial_rotary_factor: rotating a part of each head is not implemented here")
     theta = rope.get("rope_theta") or config.get("rope_theta") or family.missing.get("rope_theta", 10_000.0)
-    # false, 0 and null all mean that nothing was said, except that YaRN may be told not to round
-    scaling = {name: rope[name] for name in ROPE[kind].split() if rope.get(name) or rope.get(name) is False}
+    scaling = {name: rope[name] for name in ROPE[kind].split() if rope.get(name) is not None}
+    for name in UNSET_BY_ZERO & scaling.keys():
+        if not scaling[name]:
+            del scaling[name]
     if kind != "default":
         context = config.get("max_position_embeddings")
         original = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
@@ -112,26 +125,28 @@ def dense_layers(config: Config, family: Family, layers: int) -> dict[str, Any]:
     return {"mlp_only_layers": tuple(sorted({*listed, *between}))}
 
 
-def as_deepseek(model: ModelConfig, config: Config) -> ModelConfig:
+def as_deepseek(model: ModelConfig) -> ModelConfig:
     """As DeepSeek's inference code computes (DeepSeek-V3's repository, inference/model.py), where transformers does
     otherwise.
 
     Sigmoid gates are always normalised and softmax gates never, whatever norm_topk_prob says. Groups count wherever
-    there are several. YaRN counts only in a context longer than the original one, and knows one mscale, for the scores.
+    there are several. Every norm has eps 1e-6; rotated pairs are always neighbours. YaRN counts only in a context
+    longer than the original one, and knows one mscale, for the scores.
     """
     if model.attention != "latent":
         return model
-    model = replace(model, norm_topk_prob=model.scoring_func == "sigmoid")
-    if model.topk_method == "greedy":
-        model = replace(model, topk_method="group_limited_greedy")
+    grouped = "group_limited_greedy" if model.topk_method == "greedy" else model.topk_method
+    changes: Config = {"norm_topk_prob": model.scoring_func == "sigmoid", "topk_method": grouped}
+    changes |= {"rope_interleave": True, "rms_norm_eps": 1e-6}
     rope = model.rope_scaling
-    if rope.rope_type != "yarn":
-        return model
-    if model.max_position_embeddings <= rope.original_max_position_embeddings:
-        return replace(model, rope_scaling=RopeScaling())
-    mscale = rope.mscale or 1.0
-    scaling = replace(rope, mscale=mscale, mscale_all_dim=mscale, attention_factor=None, truncate=True)
-    return replace(model, rope_scaling=scaling)
+    if rope.rope_type == "llama3":
+        raise HubError("config.json: rope_type = 'llama3' is unknown to DeepSeek's code: read it as transformers does")
+    if rope.rope_type == "yarn" and model.max_position_embeddings > rope.original_max_position_embeddings:
+        mscale = rope.mscale or 1.0
+        rope = replace(rope, mscale=mscale, mscale_all_dim=mscale, attention_factor=None, truncate=True)
+    else:
+        rope = RopeScaling()
+    return replace(model, **changes, rope_scaling=rope)
 
 
 def write_config(family: Family, model: ModelConfig) -> Config:
@@ -148,8 +163,8 @@ def write_config(family: Family, model: ModelConfig) -> Config:
         config |= {name: family.given[name] for name in named if name in family.given} | {"moe_layer_freq": 1}
     if "topk_method" in family.stores:
         config["topk_method"] = "greedy" if model.n_group == 1 else "group_limited_greedy"
-    stated = {"architectures": [family.architecture], "model_type": family.model_types[0], "hidden_act": "silu"}
-    return stated | config | {"attention_dropout": 0.0, "use_cache": True}
+    kind = {"architectures": [family.architecture], "model_type": family.model_types[0], "hidden_act": "silu"}
+    return kind | config | {"attention_dropout": 0.0, "use_cache": True}
 
 
 def write_rope(model: ModelConfig) -> Config:
@@ -158,8 +173,8 @@ def write_rope(model: ModelConfig) -> Config:
     if kind == "default":
         return {"rope_theta": model.rope_theta, "rope_scaling": None}
     values = {name: getattr(scaling, name) for name in ROPE[kind].split()}
-    stated = {name: value for name, value in values.items() if value or value is False}  # 0: not given
-    return {"rope_theta": model.rope_theta, "rope_scaling": {"rope_type": kind, "type": kind} | stated}
+    given = {name: value for name, value in values.items() if value or value is False}  # 0: not given
+    return {"rope_theta": model.rope_theta, "rope_scaling": {"rope_type": kind, "type": kind} | given}
 
 
 def grouping(model: ModelConfig) -> dict[str, Any]:
@@ -184,18 +199,18 @@ def canonical(model: ModelConfig) -> ModelConfig:
     """The same computation, with every field that has no part in it at its default: equal for models that compute the
     same. Multi-token prediction is left out, as a family's classes do."""
     dense, idle = dense_of(model), TRAINING.split()
-    stated = grouping(model) | dense_first(model)
+    known = grouping(model) | dense_first(model)
     if not dense:
         idle += ["intermediate_size"]
     if len(dense) == model.num_hidden_layers:
         idle += ROUTED.split()
     if model.attention == "grouped":
         idle += LATENT.split()
-        stated |= {"num_key_value_heads": model.key_value_heads, "head_dim": model.query_head_dim}
+        known |= {"num_key_value_heads": model.key_value_heads, "head_dim": model.query_head_dim}
     defaults = {item.name: item.default for item in fields(ModelConfig)}
     rope, used = model.rope_scaling, {"rope_type", *ROPE[model.rope_scaling.rope_type].split()}
     scaling = RopeScaling(**{name: getattr(rope, name) for name in used})
-    return replace(model, **stated | {name: defaults[name] for name in idle} | {"rope_scaling": scaling})
+    return replace(model, **known | {name: defaults[name] for name in idle} | {"rope_scaling": scaling})
 
 
 def obstacles(family: Family, model: ModelConfig) -> list[str]:

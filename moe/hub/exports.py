@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from moe.hub.writing import write_folder
 from moe.model import Transformer
 from moe.tokenizer import NoTokenizer, Tokenizer
 
+EMBEDDING = "model.embed_tokens.weight"
 SHARD_BYTES = 5_000_000_000  # as transformers cuts
 
 
@@ -52,29 +53,36 @@ def save(
     dtype: Dtype = "float32",
     mtp: bool = False,
     shard_bytes: int = SHARD_BYTES,
-) -> Family:
-    """Write a model and its tokenizer as a Hugging Face folder; which family it is.
+) -> None:
+    """Write a model and its tokenizer as a Hugging Face folder.
 
     dtype: of the stored weights. mtp: multi-token prediction as well, as DeepSeek publishes it; transformers' models
     report it as unexpected. Raises HubError for an architecture that no family has, naming the fields, and for a folder
     that is there already.
     """
+    if dtype not in get_args(Dtype):
+        raise HubError(f"dtype = {dtype} is not known: give one of {', '.join(get_args(Dtype))}, as a string")
     tensors = tensors_of(model)
     weights = Weights({name: tensor.dtype for name, tensor in tensors.items()}, tensors.__getitem__)
-    return write(Path(path), model.config, weights, tokenizer or NoTokenizer(), Form(dtype, mtp, shard_bytes))
+    write(Path(path), model.config, weights, tokenizer or NoTokenizer(), Form(dtype, mtp, shard_bytes), {})
 
 
 def export_run(
     run: Path, path: Path, dtype: Dtype | None = None, mtp: bool = False, shard_bytes: int = SHARD_BYTES
-) -> Family:
-    """Write a run's newest checkpoint as a Hugging Face folder, tensor by tensor; which family it is. dtype: by default
-    what each tensor is stored in. Raises HubError as `save`, and CheckpointError for what holds no run."""
+) -> tuple[Family, int]:
+    """Write a run's newest checkpoint as a Hugging Face folder, tensor by tensor; which family it is, and how many
+    modules of multi-token prediction were left out.
+
+    dtype: by default what each tensor is stored in. Raises HubError as `save`, and CheckpointError for what holds no
+    run.
+    """
     stored = open_run(run)
     headers = read_header(stored.checkpoint / "model.safetensors")
     dtypes = {name: header.dtype for name, header in headers.items()}
     newest = lru_cache(maxsize=1)(lambda name: read_tensor(headers[name]))  # the parts of one follow each other
     weights, form = Weights(dtypes, newest), Form(dtype, mtp, shard_bytes)
-    return write(path, stored.config.model, weights, stored.tokenizer, form, facts_of(run, stored))
+    family = write(path, stored.config.model, weights, stored.tokenizer, form, facts_of(run, stored))
+    return family, 0 if mtp else stored.config.model.num_nextn_predict_layers
 
 
 def write(
@@ -83,24 +91,31 @@ def write(
     family = family_of(config)
     check_biases(family, weights)
     config = config if form.mtp else replace(config, num_nextn_predict_layers=0)
-    plan = {piece.theirs: piece for piece in pieces(config, family)}
-    if form.mtp:
-        plan |= {copy: plan[original] for copy, original in copies(config).items() if copy != "lm_head.weight"}
+    plan = planned(config, family)
     stored = {name: dtype_of(name, piece, family, weights, form.dtype) for name, piece in plan.items()}
     ids = special_ids(tokenizer)
-    stated = write_config(family, config) | ids
-    stated["torch_dtype"] = str(stored["model.embed_tokens.weight"]).removeprefix("torch.")
     files: dict[str, Any] = {
         "generation_config.json": json.dumps(ids, indent=2).encode(),
-        "README.md": card(path.name, family, config, tokenizer, facts).encode(),
+        "README.md": card(path.absolute().name, family, config, tokenizer, facts).encode(),
     }
     if not isinstance(tokenizer, NoTokenizer):
         files["tokenizer"] = lambda folder: write_tokenizer(tokenizer, folder, config.max_position_embeddings)
-    tensors = [(name, stored[name], piece.shape) for name, piece in plan.items()]
     write_folder(
-        path, stated, tensors, lambda name: weights.read(plan[name].ours)[plan[name].at], files, form.shard_bytes
+        path,
+        write_config(family, config) | ids | {"torch_dtype": str(stored[EMBEDDING]).removeprefix("torch.")},
+        [(name, stored[name], piece.shape) for name, piece in plan.items()],
+        lambda name: weights.read(plan[name].ours)[plan[name].at],
+        files,
+        form.shard_bytes,
     )
     return family
+
+
+def planned(config: ModelConfig, family: Family) -> dict[str, Piece]:
+    """What is written, by their names: every tensor, and the copies that come with multi-token prediction."""
+    plan = {piece.theirs: piece for piece in pieces(config, family)}
+    doubles = {copy: original for copy, original in copies(config).items() if copy != "lm_head.weight"}
+    return plan | {copy: plan[original] for copy, original in doubles.items()}
 
 
 def check_biases(family: Family, weights: Weights) -> None:

@@ -62,7 +62,7 @@ SILENT_GROUPED = SILENT | {"num_key_value_heads": None, "head_dim": None}
 HALVES = {"attention": "grouped", "rope_interleave": False}
 DENSE = HALVES | {"bias_update_speed": 0.0, "balance_loss": "none"}
 SOFTMAX = {"scoring_func": "softmax", "bias_update_speed": 0.0, "balance_loss": "switch", "n_shared_experts": 0}
-PLAIN = {"hidden_act": ("silu", "swish"), "mlp_bias": (False,), "partial_rotary_factor": (1,)}
+PLAIN = {"hidden_act": ("silu", "swish"), "mlp_bias": (False,), "partial_rotary_factor": (1,), "is_causal": (True,)}
 FULL_ATTENTION = PLAIN | {"use_sliding_window": (False,)}
 
 FAMILIES = (
@@ -146,7 +146,8 @@ FAMILIES = (
             n_routed_experts="num_experts",
             aux_loss_alpha="router_aux_loss_coef",
         ),
-        missing=SILENT_GROUPED | {"num_key_value_heads": 4, "norm_topk_prob": False, "aux_loss_alpha": 1e-3},
+        missing=SILENT_GROUPED
+        | {"num_key_value_heads": 4, "norm_topk_prob": False, "mlp_only_layers": (), "aux_loss_alpha": 1e-3},
         given=HALVES | SOFTMAX | {"first_k_dense_replace": 0, "qk_norm": "head"},
         demands=FULL_ATTENTION,
     ),

@@ -24,6 +24,9 @@ from moe.model import Transformer
 from moe.tokenizer import NoTokenizer, Tokenizer
 
 SIZES = ("vocab_size", "num_hidden_layers", "num_attention_heads", "n_routed_experts")
+NEVER_TRAINED = Runtime(
+    device="cpu", dtype="float32", compile=False, expert_backend="auto", micro_batch_size=1, threads=1
+)
 WINDOW = 2048  # positions that training on and scoring in separate windows take at a time, where the context has more
 
 
@@ -38,14 +41,15 @@ class Source:
     skipped: int  # modules of multi-token prediction that are there and not read
 
     @staticmethod
-    def open(path: str | Path, skip_mtp: bool = False, reading: Reading = "transformers") -> "Source":
+    def open(path: Path, skip_mtp: bool, reading: Reading) -> "Source":
         """Raises HubError for a folder that is broken, or that holds something else than its config.json says."""
-        folder = Folder(Path(path))
+        folder = Folder(path)
         family, config = read_config(folder.config, reading)
         depths = mtp_depths(folder, config.num_hidden_layers)
         config = replace(config, num_nextn_predict_layers=0 if skip_mtp else depths)
         check_sizes(folder, config)
-        return Source(folder, family, config, fitting_pieces(folder, config, family), depths if skip_mtp else 0)
+        plan, skipped = fitting_pieces(folder, config, family), depths if skip_mtp else 0
+        return Source(folder, family, config, plan, skipped)
 
 
 def check_sizes(folder: Folder, config: ModelConfig) -> None:
@@ -74,7 +78,7 @@ def load(
     computes otherwise than transformers, which of them to follow. Raises HubError for a folder that cannot be
     read, is of no known family, or does not hold what its config.json says; DeviceError when the model does not fit.
     """
-    source = Source.open(path, skip_mtp, reading)
+    source = Source.open(Path(path), skip_mtp, reading)
     model = empty_model(source.config, device, dtype, str(path))
     targets = tensors_of(model)
     fill(targets, source.folder, source.plan)
@@ -91,8 +95,8 @@ def import_run(
     skip_mtp: bool = False,
     reading: Reading = "transformers",
     tokenizer: Path | None = None,
-) -> Source:
-    """Make a run of a Hugging Face folder; what was understood of it.
+) -> tuple[Source, Tokenizer]:
+    """Make a run of a Hugging Face folder; what was understood of it, and its tokenizer.
 
     dtype: of the stored weights; FP8 becomes bfloat16 unless told otherwise. tokenizer: another folder to take it from.
     Raises HubError and TokenizerError for what cannot be imported, and CheckpointError for an `out` that holds a run or
@@ -100,6 +104,7 @@ def import_run(
     """
     source = Source.open(path, skip_mtp, reading)
     words = words_of(tokenizer or path, source.config)
+    origin = {"text": "", "tokenizer": words.hash, "imported": f"{path.resolve().name}, {source.family.name}"}
     run = RunFolder(out)
     run.acquire()
     try:
@@ -110,12 +115,11 @@ def import_run(
         check_room(sum(math.prod(shape) * kind.itemsize for _, shape, kind in plan), "cpu", dtype, path)
         tensors = {name: torch.zeros(shape, dtype=kind) for name, shape, kind in plan}
         fill(tensors, source.folder, source.plan)
-        origin = {"text": "", "tokenizer": words.hash, "imported": f"{path.resolve().name}, {source.family.name}"}
-        run.write_setup(run_config(source.config), Runtime("cpu", "float32", False, "auto", 1, 1), words, origin)
+        run.write_setup(run_config(source.config), NEVER_TRAINED, words, origin)
         run.save(tensors, None, State())
     finally:
         run.lock.release()
-    return source
+    return source, words
 
 
 def words_of(path: Path, config: ModelConfig) -> Tokenizer:

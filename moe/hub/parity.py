@@ -8,6 +8,7 @@ opened by transformers, compared again. All in float32 on the CPU.
 Differences are relative to the largest absolute value of what is compared.
 """
 
+import importlib.util
 import json
 import logging
 import random
@@ -51,7 +52,11 @@ class Row:
 
 
 def compare(family: Family, models: int, seed: int = 0) -> Row:
-    """Draw so many models of a family, and compare each with transformers in every way."""
+    """Draw so many models of a family, and compare each with transformers in every way. Raises HubError without it."""
+    if models < 1:
+        raise HubError(f"--models {models}: give at least 1")
+    if importlib.util.find_spec("transformers") is None:
+        raise HubError('the comparison needs transformers: pip install "moe[dev]", or pip install transformers')
     row = Row(family.name)
     for number in range(models):
         with tempfile.TemporaryDirectory() as folder:
@@ -155,7 +160,7 @@ def draw_rope(dice: random.Random) -> dict[str, Any]:
     return theta | dice.choice(
         [
             {"rope_type": "default"},
-            {"rope_type": "yarn", "beta_fast": 4.0, **longer, **mscale},
+            {"rope_type": "yarn", "beta_fast": 4.0, "truncate": dice.random() < 0.5, **longer, **mscale},
             {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 2.0, **longer},
         ]
     )
@@ -200,8 +205,10 @@ def gradient_difference(ours: Transformer, theirs: Any, tokens: Tensor, logits: 
     sizes, errors = [], []
     for name, weight in theirs.named_parameters():
         gradient = own[plan[name].ours]
-        if weight.grad is None or gradient is None:  # of an expert that no token chose
+        if weight.grad is None and gradient is None:
             continue
+        if weight.grad is None or gradient is None:
+            return float("inf")
         sizes.append(weight.grad.abs().max().item())
         errors.append((gradient[plan[name].at] - weight.grad).abs().max().item())
     return max(error / max(size, ROUNDING * max(sizes)) for error, size in zip(errors, sizes, strict=True))

@@ -100,7 +100,9 @@ def fitting_pieces(folder: Folder, config: ModelConfig, family: Family) -> list[
     of those missing, unexpected and misshapen, before any is read."""
     plan = pieces(config, family, fused=any(name.endswith(FUSED) for name in folder.tensors))
     wanted = {piece.theirs: piece.shape for piece in plan}
+    doubles = copies(config)
     found = {name: tensor.shape for name, tensor in folder.tensors.items() if not needless(name, folder, config)}
+    found = {name: shape for name, shape in found.items() if name not in doubles}
     problems = {
         "missing": wanted.keys() - found.keys(),
         "unexpected": found.keys() - wanted.keys(),
@@ -108,8 +110,8 @@ def fitting_pieces(folder: Folder, config: ModelConfig, family: Family) -> list[
     }
     if any(problems.values()):
         raise HubError(f"{folder.path} does not hold this model: {'; '.join(described(problems, found, wanted))}")
-    for extra in sorted(folder.tensors.keys() & copies(config).keys()):
-        check_copy(folder, extra, copies(config)[extra])
+    for double in sorted(folder.tensors.keys() & doubles.keys()):
+        check_copy(folder, double, doubles[double])
     return plan
 
 
@@ -136,11 +138,11 @@ def copies(config: ModelConfig) -> dict[str, str]:
 
 
 def needless(name: str, folder: Folder, config: ModelConfig) -> bool:
-    """What need not be read: copies, tables that older files keep, and multi-token prediction that is left out."""
+    """What need not be read: tables that older files keep, and multi-token prediction that is left out."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     read = config.num_hidden_layers + config.num_nextn_predict_layers
     left_out = layer and int(layer[1]) >= read and f"{layer[0]}eh_proj.weight" in folder.tensors
-    return bool(left_out) or name in copies(config) or name.endswith("rotary_emb.inv_freq")
+    return bool(left_out) or name.endswith("rotary_emb.inv_freq")
 
 
 def check_copy(folder: Folder, copy: str, original: str) -> None:

@@ -10,12 +10,13 @@ vocabulary, the merges and the post-processor, and make the rest anew. So do we 
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe.files import write_whole
+from moe.hub import folder
 from moe.imported import BYTE_LETTERS, META_SPACE, HubTokenizer, build_core, checked_ids, rust
 from moe.tokenizer import END_OF_TEXT, BytePairs, Tokenizer, TokenizerError
 
@@ -29,11 +30,8 @@ QWEN2_PATTERN = (
 )
 
 
-def read_tokenizer(folder: Path, stops: Iterable[int] = ()) -> HubTokenizer | None:
-    """The tokenizer of a Hugging Face folder; None where there is no tokenizer.json.
-
-    stops: ids that end a text, besides the eos tokens that the folder's configurations name. Raises TokenizerError.
-    """
+def read_tokenizer(folder: Path) -> HubTokenizer | None:
+    """The tokenizer of a Hugging Face folder; None where there is no tokenizer.json. Raises TokenizerError."""
     path = folder / "tokenizer.json"
     if not path.exists():
         return None
@@ -49,7 +47,7 @@ def read_tokenizer(folder: Path, stops: Iterable[int] = ()) -> HubTokenizer | No
         made_by = CLASSES.get(class_of(document, config, model))
         if made_by and document["model"].get("type", "BPE") == "BPE":
             document, config = document | made_by.remake(document, config), made_by.defaults | config
-        tokenizer = HubTokenizer(complete(document, config), config, checked_ids([*listed, *stops]))
+        tokenizer = HubTokenizer(complete(document, config), config, checked_ids(list(listed)))
         return HubTokenizer.from_json(tokenizer.to_json())
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from None
@@ -85,15 +83,10 @@ def read_text(path: Path) -> str:
 
 def read_object(path: Path) -> Json:
     """A file's JSON object; an empty one where there is no file."""
-    if not path.exists():
-        return {}
     try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: is no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path}: a JSON object is expected, not a {type(content).__name__}")
-    return content
+        return folder.read_object(path) if path.exists() else {}
+    except folder.HubError as error:
+        raise TokenizerError(str(error)) from None
 
 
 def llama(document: Json, config: Json) -> Json:
@@ -144,25 +137,18 @@ CLASSES = {
     "GPTNeoXTokenizer": MadeAnew(gpt_neox, END),
     "Qwen2Tokenizer": MadeAnew(qwen2, {"eos_token": END_OF_TEXT}),
 }
-FAMILIES = {  # whose class is known where the folder names none
-    "gpt2": "GPT2Tokenizer",
-    "gpt_neox": "GPTNeoXTokenizer",
+CLASS_OF = {  # where a folder names none
     "olmoe": "GPTNeoXTokenizer",
-    "qwen2_moe": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
     "qwen3_moe": "Qwen2Tokenizer",
-    "qwen3_next": "Qwen2Tokenizer",
 }
-BY_FILE = {  # whose folders are known to name a wrong class: the file decides
-    *("ernie4_5_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "granitemoe", "jamba", "kimi_linear", "minimax_m2"),
-    *("mistral", "mixtral", "olmo2", "olmo3", "phi3", "phimoe"),
-}
+BY_FILE = ("mixtral",)  # whose folders are known to name a wrong class: the file decides
 
 
 def class_of(document: Json, config: Json, model: Json) -> str:
     """The class that AutoTokenizer takes (transformers 5.23, models/auto/tokenization_auto.py)."""
     family = str(model.get("model_type"))
-    named = config.get("tokenizer_class") or model.get("tokenizer_class") or FAMILIES.get(family, FAST)
+    named = config.get("tokenizer_class") or model.get("tokenizer_class") or CLASS_OF.get(family, FAST)
     parts = [document.get(part) for part in ("pre_tokenizer", "post_processor", "decoder")]
     byte_level = '"ByteLevel"' in json.dumps(parts)  # LlamaTokenizer cannot make it, though DeepSeek and Llama 3 say so
     name = str(named).removesuffix("Fast")

@@ -39,7 +39,7 @@ def write_folder(
     tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
     read: Callable[[str], Tensor],
     files: Mapping[str, bytes | Callable[[Path], object]],
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int,
 ) -> None:
     """Write a model so that the folder is there whole or not at all.
 
@@ -68,9 +68,12 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         passing.mkdir(parents=True)
         yield passing
         sync_all(passing)
-        if path.exists():
-            path.rmdir()  # the empty folder
-        passing.rename(path)
+        if path.exists():  # empty, and perhaps somebody's current folder: filled, not replaced
+            for file in sorted(passing.iterdir(), key=lambda file: file.name == CONFIG):
+                file.rename(path / file.name)
+            sync_folder(path)
+        else:
+            passing.rename(path)
         sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise HubError(f"{path} could not be written: {error}; nothing is left of it") from None
