@@ -147,7 +147,7 @@ class RunFolder:
             return config, runtime, dict(facts["data"])
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             what = f"{path} is no configuration of a run ({type(error).__name__}: {error})"
             raise CheckpointError(f"{what}: put the run's own back, or train anew with another --out") from None
 
@@ -222,7 +222,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Size and sha256 of each file, by its name."""
     try:
         return dict(json.loads((checkpoint / MANIFEST).read_text("utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint / MANIFEST}: {error}") from None
 
 
@@ -287,7 +287,7 @@ def misfits(stored: dict[str, Shape], wanted: dict[str, Shape], optional: str | 
 def read_state(checkpoint: Path) -> State:
     try:
         return from_dict(State, json.loads((checkpoint / "state.json").read_text("utf-8")), "state")
-    except (OSError, ValueError, ConfigError) as error:
+    except (OSError, ValueError, ConfigError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint / 'state.json'}: {error}") from None
 
 
@@ -357,14 +357,23 @@ def load(
     return Run(model.eval(), stored.tokenizer, stored.config, stored.checkpoint)
 
 
+def outline(config: ModelConfig) -> Transformer:
+    """A model without memory or numbers: its tensors' names and shapes. Raises CheckpointError for impossible sizes."""
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except (TypeError, RuntimeError, OverflowError) as error:
+        message = str(error).split("\n")[0]
+        raise CheckpointError(f"no tensor has the sizes of this configuration: {message}") from None
+
+
 def empty_model(config: ModelConfig, device: str, dtype: Dtype, what: object) -> Transformer:
     """A model whose numbers are still to be read, all of them. what: it is, for the message of the DeviceError that is
     raised when it does not fit."""
     if dtype not in get_args(Dtype):
         raise CheckpointError(f"dtype = {dtype} is not known: give one of {', '.join(get_args(Dtype))}, as a string")
     where = resolve_device(device)[0]
-    with torch.device("meta"):  # no memory yet, and no random numbers to be overwritten
-        model = Transformer(config).to(getattr(torch, dtype))
+    model = outline(config).to(getattr(torch, dtype))
     check_room(sum(tensor.nbytes for tensor in tensors_of(model).values()), where, dtype, what)
     model.to_empty(device=where).tie()
     return model

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 C = TypeVar("C")
+MOST_LAYERS = 10_000  # so that a damaged file costs an error instead of hours
 
 
 class MoeError(Exception):
@@ -162,6 +163,8 @@ class ModelConfig:
         require(
             self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank = {self.q_lora_rank}: give None for none"
         )
+        depth = max(self.num_hidden_layers, self.num_nextn_predict_layers)
+        require(depth <= MOST_LAYERS, f"num_hidden_layers = {depth} is more than any model has")
         strange = [layer for layer in self.mlp_only_layers if not 0 <= layer < self.num_hidden_layers]
         require(
             not strange,

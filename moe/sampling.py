@@ -38,6 +38,8 @@ def draw(logits: Tensor, config: SampleConfig, generator: torch.Generator | None
         chances = logits.softmax(-1)
         logits = logits.masked_fill(chances < config.min_p * chances.amax(-1, keepdim=True), -torch.inf)
     chances = logits.softmax(-1).cpu()  # drawn on the CPU: a seed gives the same text on every device
+    if not chances.isfinite().all():
+        raise SamplingError("the model's outputs are not finite: its weights or its configuration are damaged")
     return torch.multinomial(chances, 1, generator=generator).squeeze(-1).to(logits.device)
 
 

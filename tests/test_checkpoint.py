@@ -526,3 +526,13 @@ def test_metrics_are_whole_lines_and_a_torn_last_one_is_skipped(tmp_path):
     path.write_text("nonsense\n")
     with pytest.raises(moe.MoeError, match="line 1"):
         read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "checkpoints/00000030/manifest.json", "checkpoints/00000030/state.json"]
+)
+def test_a_file_nested_beyond_all_measure_is_one_clear_error(debug_run, tmp_path, name):
+    shutil.copytree(debug_run, tmp_path / "run")
+    (tmp_path / "run" / name).write_text("[" * 100_000)
+    with pytest.raises(CheckpointError):
+        moe.load(tmp_path / "run")

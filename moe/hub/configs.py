@@ -31,7 +31,6 @@ ROPE = {  # what each kind of scaling has, beside its type
     "llama3": "factor original_max_position_embeddings low_freq_factor high_freq_factor",
 }
 UNSET_BY_ZERO = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
-LAYERS = 10_000  # so that a broken file costs no hours
 # Fields without a part in the outputs, or in those of some models only
 TRAINING = (
     "initializer_range hidden_dropout num_nextn_predict_layers bias_update_speed balance_loss aux_loss_alpha "
@@ -83,8 +82,6 @@ def check_demands(family: Family, config: Config) -> None:
     kinds = config.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise HubError(f"config.json: layer_types = {kinds} has more than full_attention, which is all there is here")
-    if isinstance(layers := config.get("num_hidden_layers"), int) and layers > LAYERS:
-        raise HubError(f"config.json: num_hidden_layers = {layers} is more than any model has")
 
 
 def read_rope(config: Config, family: Family) -> Config:

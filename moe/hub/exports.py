@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from moe.checkpoint import open_run, tensors_of
+from moe.checkpoint import misfits, open_run, outline, tensors_of
 from moe.config import ModelConfig
 from moe.device import Dtype
 from moe.hub.card import card, facts_of
@@ -77,7 +77,11 @@ def export_run(
     run.
     """
     stored = open_run(run)
-    headers = read_header(stored.checkpoint / "model.safetensors")
+    file = stored.checkpoint / "model.safetensors"
+    headers = read_header(file)
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors_of(outline(stored.config.model)).items()}
+    if wrong := misfits({name: header.shape for name, header in headers.items()}, wanted):
+        raise HubError(f"{file} does not fit the run's config.json: {'; '.join(wrong[:5])}")
     dtypes = {name: header.dtype for name, header in headers.items()}
     newest = lru_cache(maxsize=1)(lambda name: read_tensor(headers[name]))  # the parts of one follow each other
     weights, form = Weights(dtypes, newest), Form(dtype, mtp, shard_bytes)

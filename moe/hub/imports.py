@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from moe.checkpoint import RunFolder, State, empty_model, tensors_of
+from moe.checkpoint import RunFolder, State, empty_model, outline, tensors_of
 from moe.config import ModelConfig, RunConfig, TrainConfig
 from moe.device import Dtype, Runtime, check_room
 from moe.hub.configs import Reading, read_config
@@ -137,9 +137,7 @@ def storage(source: Source, dtype: str) -> Iterator[tuple[str, tuple[int, ...], 
     for piece in source.plan:
         kind = source.folder.dtype_of(piece.theirs) if dtype == "stored" else getattr(torch, dtype)
         kinds[piece.ours] = torch.promote_types(kinds.get(piece.ours, kind), kind)
-    with torch.device("meta"):
-        model = Transformer(source.config)
-    for name, tensor in tensors_of(model).items():
+    for name, tensor in tensors_of(outline(source.config)).items():
         stays = dtype != "stored" and name.endswith("expert_bias")  # always float32 here
         yield name, tuple(tensor.shape), torch.float32 if stays else kinds.get(name, torch.float32)
 

@@ -16,11 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe.checkpoint import tensors_of
+from moe.checkpoint import outline, tensors_of
 from moe.config import ModelConfig
 from moe.hub.families import Family, Names
 from moe.hub.folder import Folder, HubError
-from moe.model import Transformer
 
 Place = tuple[int | slice, ...]
 FUSED = ".mlp.experts.gate_up_proj"  # how transformers 5 holds the experts, and saves them if told to
@@ -37,8 +36,7 @@ class Piece(NamedTuple):
 
 def pieces(config: ModelConfig, family: Family, fused: bool = False) -> list[Piece]:
     """Every tensor of a model, in our order. fused: experts stacked as transformers 5 has them in memory."""
-    with torch.device("meta"):
-        tensors = tensors_of(Transformer(config))
+    tensors = tensors_of(outline(config))
     names = Names(bias=family.names.bias) if fused else family.names
     return [
         piece._replace(shape=tuple(tensor[piece.at].shape))
