@@ -35,7 +35,7 @@ from moe.checkpoint import (
     set_random_state,
     tensors_of,
 )
-from moe.config import ConfigError, MoeError, RunConfig, TrainConfig
+from moe.config import ConfigError, ModelConfig, MoeError, RunConfig, TrainConfig
 from moe.corpus import Corpus, prepare
 from moe.cost import activation_bytes, count, readable
 from moe.data import Batches, TokenStream
@@ -92,7 +92,7 @@ def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
         stored = folder.read_setup()[0]
     base = stored if stored and known.preset in (None, stored.preset) else presets()[name]
     if known.init_from and not stored:  # the model is that run's, unless told otherwise
-        base = replace(base, model=RunFolder(Path(known.init_from)).read_setup()[0].model)
+        base = starting_from(RunFolder(Path(known.init_from)).read_setup()[0].model, base)
     if known.steps and known.minutes:
         raise ConfigError("--steps and --minutes exclude each other: give the length that shall count")
     if known.steps:
@@ -104,6 +104,13 @@ def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
             f"{folder.path} began with another {', '.join(changed)}: continue it as it began, or choose another --out"
         )
     return given.session, given.run, folder
+
+
+def starting_from(model: ModelConfig, base: RunConfig) -> RunConfig:
+    """The preset with another model, its windows no longer than that one's context."""
+    train, window = base.train, min(base.train.sequence_length, model.max_position_embeddings)
+    whole = max(train.tokens_per_step // window, 1) * window
+    return replace(base, model=model, train=replace(train, sequence_length=window, tokens_per_step=whole))
 
 
 def default_folder(preset: str, new: bool) -> RunFolder:

@@ -95,7 +95,7 @@ class RunFolder:
             for unfinished in self.path.glob("checkpoints/.*"):  # of a process killed while it saved
                 shutil.rmtree(unfinished, ignore_errors=True)
         except Timeout:
-            message = f"{self.path} is in use by another process: wait for it, or choose another --out"
+            message = f"{self.path} is in use by another process: wait for it, or choose another folder"
             raise CheckpointError(message) from None
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be written: {error.strerror}") from None
@@ -137,6 +137,9 @@ class RunFolder:
         path = self.path / "config.json"
         try:
             facts = json.loads(path.read_text("utf-8"))
+            if "model_type" in facts:
+                advice = "python -m moe.hub import makes a run of it"
+                raise CheckpointError(f"{self.path} is a Hugging Face folder, not a run: {advice}")
             if {"config", "runtime"} <= facts.keys() and facts.get("format", 1) != FORMAT:
                 revision = facts.get("versions", {}).get("git", "unknown")
                 raise VersionError(

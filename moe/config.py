@@ -76,19 +76,18 @@ class RopeScaling:
         )
         original = self.original_max_position_embeddings
         require(
-            original > 0,
+            0 < original < 2**40,
             f"{name}original_max_position_embeddings = {original}: {self.rope_type} needs the context before scaling",
         )
         low, high = self.low_freq_factor, self.high_freq_factor
         require(0 < low < high, f"{name}low_freq_factor = {low} must lie between 0 and {name}high_freq_factor = {high}")
         slow, fast = self.beta_slow, self.beta_fast
-        require(0 < slow <= fast, f"{name}beta_slow = {slow} must lie between 0 and {name}beta_fast = {fast}")
-        require(self.mscale >= 0, f"{name}mscale = {self.mscale} must not be negative")
-        require(self.mscale_all_dim >= 0, f"{name}mscale_all_dim = {self.mscale_all_dim} must not be negative")
+        require(1e-9 < slow <= fast < 1e9, f"{name}beta_slow = {slow} must lie between 0 and {name}beta_fast = {fast}")
+        for part in ("mscale", "mscale_all_dim"):
+            require(0 <= getattr(self, part) < math.inf, f"{name}{part} = {getattr(self, part)} must not be negative")
         attention = self.attention_factor
-        require(
-            attention is None or attention > 0, f"{name}attention_factor = {attention}: give None to have it computed"
-        )
+        given = attention is None or 0 < attention < math.inf
+        require(given, f"{name}attention_factor = {attention}: give None to have it computed")
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def resolve_device(asked: str) -> tuple[str, str]:
     if asked == "auto":
         reasons = {"cuda": "an NVIDIA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU was found"}
         return next((device, reasons[device]) for device in ("cuda", "mps", "cpu") if has[device])
-    if not has[asked]:
+    if not has.get(asked):
         raise DeviceError(f"--device {asked}: this machine, or this build of PyTorch, has none; use --device auto")
     return asked, "as asked"
 

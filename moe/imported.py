@@ -55,6 +55,9 @@ def build_core(document: dict[str, Any]) -> Any:
         raise TokenizerError(
             'a tokenizer from a Hugging Face folder needs the tokenizers library: pip install "moe[hub]"'
         ) from None
+    model = document.get("model")
+    if isinstance(model, dict) and model.get("continuing_subword_prefix"):  # and where merges lack it, Rust aborts
+        raise TokenizerError("its continuing_subword_prefix is not known here: no published family has one")
     with rust("the tokenizers library cannot run the tokenizer"):
         core = tokenizers.Tokenizer.from_str(json.dumps(document))
         core.no_truncation()
@@ -229,6 +232,6 @@ class HubTokenizer(Tokenizer):
 
 
 def checked_ids(ids: Any) -> frozenset[int]:
-    if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
-        raise TokenizerError(f"token ids are whole numbers from 0 on, not {str(ids)[:80]}")
+    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise TokenizerError(f"token ids are whole numbers from 0 to 2**31 - 1, not {str(ids)[:80]}")
     return frozenset(ids)

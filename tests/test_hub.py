@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import moe
 import moe.lab.__main__ as lab
 import sample
+import train
 from moe import hub
 from moe.checkpoint import tensors_of
 from moe.hub.__main__ import main
@@ -232,6 +233,21 @@ def test_an_empty_folder_one_stands_in_is_filled_and_not_replaced(exported, trai
     assert "# mine" in Path("README.md").read_text()
 
 
+def test_a_model_with_a_short_context_is_trained_on_in_windows_that_fit(debug_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.train", lambda *arguments: seen.append(arguments[1]))
+    seen: list = []
+    run_from = ["--init-from", str(debug_run), "--out", str(tmp_path / "more"), "--plain"]
+    assert train.main(run_from) == 0  # the preset's windows have 256 tokens, the model's context 64
+    assert (seen[0].train.sequence_length, seen[0].train.tokens_per_step) == (64, 2048)
+
+
+def test_a_folder_of_the_wrong_kind_is_said_to_be_one(exported, tmp_path, capsys):
+    assert run_training("--init-from", exported, "--out", tmp_path / "more") == 2
+    assert "is a Hugging Face folder, not a run" in capsys.readouterr().err
+    with pytest.raises(hub.HubError, match="reading = remote is not known"):
+        hub.load(exported, reading="remote")
+
+
 def test_tables_that_older_files_keep_are_passed_over(tmp_path):
     theirs = saved(tmp_path / "theirs", "Llama")
     rewrite(theirs, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
@@ -303,6 +319,8 @@ def test_a_tokenizer_may_come_from_another_folder_if_it_fits(exported, tmp_path)
     theirs = saved(tmp_path / "theirs")  # 96 tokens, the debug run's tokenizer has 320
     with pytest.raises(hub.HubError, match="its tokenizer has 320 tokens, the model 96"):
         hub.import_run(theirs, tmp_path / "run", tokenizer=exported)
+    with pytest.raises(hub.HubError, match=r"nowhere has no tokenizer\.json"):
+        hub.import_run(theirs, tmp_path / "run", tokenizer=tmp_path / "nowhere")
     assert not (tmp_path / "run").exists()
     (tmp_path / "bare").mkdir()
     for name in ("config.json", "model.safetensors"):

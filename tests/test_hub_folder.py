@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import pickle
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -500,6 +502,15 @@ def test_what_is_there_already_is_refused_before_any_work_and_unharmed(tmp_path)
         write(tmp_path / "file" / "below", read=failing)
     assert sorted(tmp_path.rglob("*")) == before
     assert (tmp_path / "folder" / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    ended, parent, other = (tmp_path / f".model.{tail}" for tail in (dead.stdout.strip(), os.getppid(), "mine"))
+    for folder in (ended, parent, other):
+        folder.mkdir()
+    write(tmp_path / "model")
+    assert (ended.exists(), parent.exists(), other.exists()) == (False, True, True)
 
 
 def test_leftovers_of_a_killed_process_are_not_in_the_way(tmp_path):

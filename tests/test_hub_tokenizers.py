@@ -383,3 +383,12 @@ def test_a_corpus_can_be_prepared_with_it(read, tmp_path):
         corpus = prepare(DataConfig(str(tmp_path / "text.txt")), tmp_path / name, tokenizer=read[name])
         assert corpus.tokenizer == read[name]
         assert corpus.tokens("train") > 100
+
+
+def test_a_prefix_that_would_abort_the_process_is_refused(tmp_path):
+    folder = make_folder(tmp_path / "a", LLAMA3, NAMES)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    document["model"]["continuing_subword_prefix"] = "##"
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(TokenizerError, match="continuing_subword_prefix is not known"):
+        read_tokenizer(folder)

@@ -10,7 +10,7 @@ import json as jsonlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -22,10 +22,13 @@ from moe.hub.exports import SHARD_BYTES, export_run
 from moe.hub.imports import import_run
 from moe.tokenizer import NoTokenizer
 
+Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+
 
 def import_command(
-    dir: tyro.conf.Positional[Path],
-    run: tyro.conf.Positional[Path],
+    dir: Folder,
+    run: RunFolder,
     dtype: Literal["stored"] | Dtype = "stored",
     skip_mtp: bool = False,
     reading: Reading = "transformers",
@@ -52,11 +55,7 @@ def import_command(
 
 
 def export_command(
-    run: tyro.conf.Positional[Path],
-    dir: tyro.conf.Positional[Path],
-    dtype: Dtype | None = None,
-    mtp: bool = False,
-    shard_bytes: int = SHARD_BYTES,
+    run: RunFolder, dir: Folder, dtype: Dtype | None = None, mtp: bool = False, shard_bytes: int = SHARD_BYTES
 ) -> None:
     """Write a run's newest checkpoint as a Hugging Face folder.
 
@@ -67,6 +66,8 @@ def export_command(
         mtp: Multi-token prediction as well, in DeepSeek's form, which transformers reports as unexpected keys.
         shard_bytes: Where the next file of weights begins.
     """
+    if shard_bytes < 1:
+        raise MoeError(f"--shard-bytes {shard_bytes}: give the bytes of a file, at least 1")
     family, left_out = export_run(run, dir, dtype, mtp, shard_bytes)
     print(f"exported {family.architecture}: {dir}")
     if left_out:
@@ -84,15 +85,17 @@ def parity_command(family: str | None = None, models: int = 6, seed: int = 0, js
     """
     from moe.hub.parity import HEAD, compare, line_of, only
 
-    rows = []
+    families, rows = only(family), []
     if not json:
         print(HEAD)
-    for one in only(family):
+    for one in families:
         rows.append(compare(one, models, seed))
         if not json:
             print(line_of(rows[-1]), flush=True)
     if json:
         print(jsonlib.dumps({"rows": [asdict(row) for row in rows]}))
+    if wrong := [row.family for row in rows if not row.good]:
+        raise MoeError(f"not as in transformers: {', '.join(wrong)}")
 
 
 def main() -> int:
@@ -100,7 +103,7 @@ def main() -> int:
     config = (tyro.conf.FlagCreatePairsOff,)
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="python -m moe.hub", description=__doc__, config=config)  # type: ignore[arg-type]
-    except MoeError as error:
+    except (MoeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -6,7 +6,7 @@ different things from one `config.json`, `reading` says which to follow, and the
 """
 
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from moe.config import ConfigError, ModelConfig, RopeScaling, from_dict
 from moe.hub.families import FAMILIES, Family, family_named
@@ -45,6 +45,8 @@ ROUTED = (
 
 def read_config(config: Config, reading: Reading = "transformers") -> tuple[Family, ModelConfig]:
     """What a config.json means. Raises HubError naming the field that is missing, wrong, or beyond this model."""
+    if reading not in get_args(Reading):
+        raise HubError(f"reading = {reading} is not known: give one of {', '.join(get_args(Reading))}")
     family = family_named(config)
     check_demands(family, config)
     try:
@@ -232,7 +234,8 @@ def obstacles(family: Family, model: ModelConfig) -> list[str]:
 def family_of(model: ModelConfig) -> Family:
     """The family that has this architecture. Raises HubError with the fields that stand in the way of the nearest."""
     found = {family.name: obstacles(family, model) for family in FAMILIES}
-    nearest = min(FAMILIES, key=lambda family: len(found[family.name]))
+    routed = model.num_moe_layers > 0
+    nearest = min(FAMILIES, key=lambda family: (family.dense and routed, len(found[family.name])))
     if reasons := found[nearest.name]:
         raise HubError(f"no published family has this architecture; in the way of {nearest.name}: {', '.join(reasons)}")
     return nearest

@@ -31,6 +31,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 PLAIN_NAME = re.compile(r"[^/\\:]+\.safetensors")  # no path: nothing that could lead out of the folder
 SCALE = "_scale_inv"
 
+LONGEST = 2000  # letters of a message
 FP8 = torch.float8_e4m3fn
 BLOCK = (128, 128)  # DeepSeek's
 READABLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -59,7 +60,9 @@ class HubError(MoeError):
     """A folder that cannot be imported or exported. Its message is one line, whatever the folder's names hold."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(letter if letter.isprintable() else "?" for letter in message))
+        half = LONGEST // 2
+        short = message if len(message) <= LONGEST else f"{message[:half]} ... {message[-half:]}"
+        super().__init__("".join(letter if letter.isprintable() else "?" for letter in short))
 
 
 class Stored(NamedTuple):
@@ -254,7 +257,11 @@ def block_size(file: Path, settings: Any) -> tuple[int, int]:
     every other way to quantise."""
     if settings is None:
         return BLOCK
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if not isinstance(settings, dict):
+        raise HubError(
+            f"{file}: quantization_config is {settings!r} instead of an object: take the checkpoint that is not quantised"
+        )
+    method = settings.get("quant_method")
     if method != "fp8":
         what = f"{file}: quantization_config has quant_method {method!r}, of which only fp8 can be read"
         raise HubError(f"{what}: take the model's checkpoint that is not quantised")

@@ -57,6 +57,9 @@ def check_sizes(folder: Folder, config: ModelConfig) -> None:
     numbers = sum(math.prod(tensor.shape) for tensor in folder.tensors.values())
     sizes = {name: getattr(config, name) or 0 for name in SIZES}
     sizes["n_routed_experts"] *= config.num_moe_layers
+    if config.num_hidden_layers > len(folder.tensors):
+        layers = f"num_hidden_layers = {config.num_hidden_layers}"
+        raise HubError(f"{folder.path}: its config.json says {layers}, which is more than all its tensors hold")
     for name, size in sizes.items():
         if size * config.hidden_size > numbers:
             raise HubError(
@@ -103,6 +106,8 @@ def import_run(
     cannot be written.
     """
     source = Source.open(path, skip_mtp, reading)
+    if tokenizer and not (tokenizer / "tokenizer.json").is_file():
+        raise HubError(f"{tokenizer} has no tokenizer.json")
     words = words_of(tokenizer or path, source.config)
     origin = {"text": "", "tokenizer": words.hash, "imported": f"{path.resolve().name}, {source.family.name}"}
     run = RunFolder(out)

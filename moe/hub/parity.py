@@ -34,6 +34,7 @@ from moe.router import Router
 BLOCK = (16, 12)  # of the FP8 scales: the drawn models are narrower than DeepSeek's 128
 VOCABULARY, LENGTH = 96, 24
 ROUNDING = 1e-3
+BAR = 1e-4
 DEEPSEEK = ("DeepseekV3", "DeepseekV2")
 
 
@@ -49,6 +50,10 @@ class Row:
     cached: float = 0.0
     gradients: float = 0.0
     fp8: float = 0.0
+
+    @property
+    def good(self) -> bool:
+        return self.imports and self.exports and max(self.logits, self.cached, self.fp8, self.gradients) < BAR
 
 
 def compare(family: Family, models: int, seed: int = 0) -> Row:

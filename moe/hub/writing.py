@@ -3,6 +3,7 @@
 What is written lies beside the folder under a passing name until all of it is on the disk.
 """
 
+import glob
 import json
 import math
 import os
@@ -64,7 +65,9 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
     new_parents = [parent for parent in path.parents if not os.path.exists(parent)]
     try:
         refuse_existing(path)
-        shutil.rmtree(passing, ignore_errors=True)  # of a killed process that had the same number
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+            if not is_running(leftover.suffix[1:]):
+                shutil.rmtree(leftover, ignore_errors=True)
         passing.mkdir(parents=True)
         yield passing
         sync_all(passing)
@@ -82,6 +85,19 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         for parent in new_parents:
             with suppress(OSError):
                 parent.rmdir()  # unless it holds the folder
+
+
+def is_running(number: str) -> bool:
+    """Whether what lies under this number may be somebody's work still. Our own number is of a process before us."""
+    if not number.isdecimal() or os.name != "posix":
+        return True
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return int(number) != os.getpid()
 
 
 def refuse_existing(path: Path) -> None:
