@@ -258,9 +258,8 @@ def block_size(file: Path, settings: Any) -> tuple[int, int]:
     if settings is None:
         return BLOCK
     if not isinstance(settings, dict):
-        raise HubError(
-            f"{file}: quantization_config is {settings!r} instead of an object: take the checkpoint that is not quantised"
-        )
+        what = f"{file}: quantization_config is {settings!r} instead of an object"
+        raise HubError(f"{what}: take the model's checkpoint that is not quantised")
     method = settings.get("quant_method")
     if method != "fp8":
         what = f"{file}: quantization_config has quant_method {method!r}, of which only fp8 can be read"
