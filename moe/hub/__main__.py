@@ -10,10 +10,11 @@ import json as jsonlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from moe.command import run_commands
 from moe.config import MoeError
 from moe.cost import count, readable
 from moe.device import Dtype
@@ -99,16 +100,8 @@ def parity_command(family: str | None = None, models: int = 6, seed: int = 0, js
 
 
 def main() -> int:
-    commands = {"import": import_command, "export": export_command, "parity": parity_command}
-    config = (tyro.conf.FlagCreatePairsOff,)
-    try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="python -m moe.hub", description=__doc__, config=config)  # type: ignore[arg-type]
-    except (MoeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    commands: dict[str, Any] = {"import": import_command, "export": export_command, "parity": parity_command}
+    return run_commands("python -m moe.hub", commands, __doc__)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 
 import moe
+from moe.command import run_commands
 from moe.device import Dtype
 from moe.lab.score import Windows, score
 
@@ -50,15 +51,7 @@ def as_json(result: object) -> str:
 
 
 def main() -> int:
-    commands: dict[str, object] = {"score": score_command}
-    try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="python -m moe.lab", config=(tyro.conf.FlagCreatePairsOff,))  # type: ignore[arg-type]
-    except moe.MoeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_commands("python -m moe.lab", {"score": score_command})
 
 
 if __name__ == "__main__":
