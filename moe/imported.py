@@ -53,7 +53,7 @@ def build_core(document: dict[str, Any]) -> Any:
         import tokenizers
     except ImportError:
         raise TokenizerError(
-            'a tokenizer from a Hugging Face folder needs the tokenizers library: pip install "moe[hub]"'
+            "a tokenizer from a Hugging Face folder needs the tokenizers library: pip install tokenizers"
         ) from None
     model = document.get("model")
     if isinstance(model, dict) and model.get("continuing_subword_prefix"):  # and where merges lack it, Rust aborts

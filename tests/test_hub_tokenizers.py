@@ -293,7 +293,7 @@ def test_a_damaged_file_of_a_run_is_refused_by_name(read, tmp_path, damage):
 
 def test_without_the_library_the_error_says_how_to_get_it(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(TokenizerError, match=r'pip install "moe\[hub\]"'):
+    with pytest.raises(TokenizerError, match="pip install tokenizers"):
         read_tokenizer(make_folder(tmp_path, LLAMA3))
 
 

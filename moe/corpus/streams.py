@@ -227,9 +227,7 @@ def load_builder(home: str, name: str | None, revision: str | None) -> Any:
     try:
         import datasets
     except ImportError:
-        raise SourceError(
-            f'{home}: needs the datasets library: pip install "moe[data]", or pip install datasets'
-        ) from None
+        raise SourceError(f"{home}: needs the datasets library: pip install datasets") from None
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells every attempt to reach the hub
     if Path(home).is_file():
         return datasets.load_dataset_builder("parquet", data_files=home)

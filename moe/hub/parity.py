@@ -57,11 +57,9 @@ class Row:
 
 
 def compare(family: Family, models: int, seed: int = 0) -> Row:
-    """Draw so many models of a family, and compare each with transformers in every way. Raises HubError without it."""
+    """Draw so many models of a family, and compare each with transformers in every way."""
     if models < 1:
         raise HubError(f"--models {models}: give at least 1")
-    if importlib.util.find_spec("transformers") is None:
-        raise HubError('the comparison needs transformers: pip install "moe[dev]", or pip install transformers')
     row = Row(family.name)
     for number in range(models):
         with tempfile.TemporaryDirectory() as folder:
@@ -266,7 +264,9 @@ def quantise(name: str, weight: Tensor) -> dict[str, Tensor]:
 
 
 def only(name: str | None) -> list[Family]:
-    """The family of this name, or all. Raises HubError."""
+    """The family of this name, or all. Raises HubError for another, and without transformers to compare with."""
+    if importlib.util.find_spec("transformers") is None:
+        raise HubError("the comparison needs transformers: pip install transformers")
     found = [family for family in FAMILIES if name in (None, family.name)]
     if not found:
         raise HubError(f"--family {name} is not one of {', '.join(family.name for family in FAMILIES)}")
