@@ -90,7 +90,7 @@ def export_run(
 
 
 def write(
-    path: Path, config: ModelConfig, weights: Weights, tokenizer: Tokenizer, form: Form, facts: Mapping[str, str] = {}
+    path: Path, config: ModelConfig, weights: Weights, tokenizer: Tokenizer, form: Form, facts: Mapping[str, str]
 ) -> Family:
     family = family_of(config)
     check_biases(family, weights)
