@@ -128,6 +128,9 @@ def main() -> int:
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         sys.stderr.close()
         return 141
+    except OSError as error:  # a folder that may not be read
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
