@@ -18,11 +18,12 @@ one (T*K, D) tensor less is kept for the backward pass.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from moe.config import ModelConfig, require
 from moe.router import Router, RoutingStats, count_load
@@ -61,30 +62,81 @@ def loop_experts(x: Tensor, chosen: Tensor, gates: Tensor, gate_up_proj: Tensor,
 
 
 def grouped_experts(x: Tensor, chosen: Tensor, gates: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-    """Sorted dispatch: every shape is static and nothing waits for the device, so it compiles whole.
+    """Sorted dispatch: every shape is static and nothing waits for the device, so it compiles whole."""
+    return GroupedExperts.apply(x, gates, gate_up_proj, down_proj, chosen)
 
-    Each (token, expert) pair gets a place; the places of an expert are a segment, whose length is rounded up to a
-    multiple of `align`. A place left empty holds some token with gate 0, so it changes neither outputs nor gradients.
-    """
-    top_k, num_experts = chosen.shape[1], gate_up_proj.shape[0]
+
+class Dispatch(NamedTuple):
+    """Where the (token, expert) pairs lie once they are sorted by expert, in P places."""
+
+    token: Tensor  # (P,) int64, whose row lies in each place
+    place: Tensor  # (T, K) int64, where each pair lies
+    ends: Tensor  # (E,) int32, the places at which the experts' segments end
+
+
+def sort_by_expert(chosen: Tensor, num_experts: int, align: int) -> Dispatch:
+    """The places of an expert are a segment, whose length is rounded up to a multiple of `align`. What holds no pair
+    holds token 0; those behind the last segment are not computed. P does not depend on the load."""
     experts = chosen.flatten()  # (T*K,) the expert of each pair
-    pairs = torch.arange(experts.numel(), device=x.device)
-    align = segment_alignment(x)
+    pairs = torch.arange(experts.numel(), device=chosen.device)
     load = count_load(chosen, num_experts)
     lengths = (load + align - 1) // align * align
     ends = lengths.cumsum(0)  # (E,)
     order = experts.argsort(stable=True)
     shift = (ends - lengths) - (load.cumsum(0) - load)  # how far rounding has moved each segment
-    place = torch.empty_like(pairs).scatter_(0, order, pairs + shift[experts[order]])  # (T*K,) where each pair lies
-    places = experts.numel() + num_experts * (align - 1)  # P, an upper bound that does not depend on the load
-    pair = place.new_zeros(places).scatter_(0, place, pairs)  # (P,) which pair lies in each place
+    place = torch.empty_like(pairs).scatter_(0, order, pairs + shift[experts[order]])  # (T*K,)
+    places = experts.numel() + num_experts * (align - 1)
+    token = place.new_zeros(places).scatter_(0, place, pairs // chosen.shape[1])
+    return Dispatch(token, place.view_as(chosen), ends.int())
 
-    rows = TakeRows.apply(x, pair // top_k, place, top_k)  # (P, D)
-    weights = gates.new_zeros(places).scatter(0, place, gates.flatten())  # (P,)
-    product = opaque_grouped_mm if x.dtype == torch.float32 and torch.compiler.is_compiling() else grouped_mm
-    hidden = swiglu(product(rows, gate_up_proj.mT, ends.int())) * weights.unsqueeze(-1)  # (P, F)
-    out = product(hidden, down_proj.mT, ends.int())  # (P, D)
-    return TakeRows.apply(out, place, pair, 1).unflatten(0, (-1, top_k)).sum(1)
+
+class GroupedExperts(torch.autograd.Function):
+    """The routed sum, its gradients written out: each of the four times that rows move between tokens and places is
+    one gather. Autograd's own gradients of the same steps are scattered additions, slower and on CUDA in no fixed
+    order.
+
+    A place that holds no pair has gate 0, so it adds nothing to any gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gates: Tensor, gate_up_proj: Tensor, down_proj: Tensor, chosen: Tensor
+    ) -> Tensor:
+        token, place, ends = sort_by_expert(chosen, len(gate_up_proj), segment_alignment(x))
+        weights = gates.new_zeros(len(token)).scatter_(0, place.flatten(), gates.flatten()).unsqueeze(-1)  # (P, 1)
+        rows = x.index_select(0, token)  # (P, D)
+        gate, up = (gate_and_up := product(rows, gate_up_proj.mT, ends)).chunk(2, dim=-1)  # (P, F) each
+        activation = F.silu(gate)
+        out = product(activation * up * weights, down_proj.mT, ends)  # (P, D)
+        ctx.save_for_backward(rows, gate_and_up, activation, weights, gate_up_proj, down_proj, token, place, ends)
+        return sum_rows(out, place)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        rows, gate_and_up, activation, weights, gate_up_proj, down_proj, token, place, ends = ctx.saved_tensors
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        hidden = activation * up  # (P, F), without the gate's weight
+        grad_out = grad.index_select(0, token)  # (P, D)
+        grad_weighted = product(grad_out, down_proj, ends)  # (P, F)
+        grad_down_proj = product(grad_out.mT, hidden * weights, ends)  # (E, D, F)
+        grad_gates = (grad_weighted * hidden).sum(-1)[place]  # (T, K)
+        grad_hidden = grad_weighted * weights
+        grad_gate = torch.ops.aten.silu_backward(grad_hidden * up, gate)
+        grad_gate_and_up = torch.cat((grad_gate, grad_hidden * activation), dim=-1)  # (P, 2F)
+        grad_gate_up_proj = product(grad_gate_and_up.mT, rows, ends)  # (E, 2F, D)
+        grad_x = sum_rows(product(grad_gate_and_up, gate_up_proj, ends), place)
+        return grad_x, grad_gates, grad_gate_up_proj, grad_down_proj, None
+
+
+def sum_rows(rows: Tensor, place: Tensor) -> Tensor:
+    """The sum of each token's K rows. (P, D), (T, K) -> (T, D)."""
+    return F.embedding_bag(place, rows, mode="sum")
+
+
+def product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    compiled = rows.dtype == torch.float32 and torch.compiler.is_compiling()
+    return opaque_grouped_mm(rows, weights, ends) if compiled else grouped_mm(rows, weights, ends)
 
 
 def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -105,16 +157,6 @@ def _(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     return rows.new_empty(*experts, rows.shape[0], weights.shape[-1])
 
 
-def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-    rows, weights, ends = ctx.saved_tensors
-    return opaque_grouped_mm(grad, weights.mT, ends), opaque_grouped_mm(rows.mT, grad, ends), None
-
-
-opaque_grouped_mm.register_autograd(
-    _grouped_mm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
-)
-
-
 def segment_alignment(x: Tensor) -> int:
     """Rows a segment is rounded up to. On a CPU in bfloat16 each new shape of a product costs oneDNN 1-2 ms, thirty
     times the product itself: multiples of 32 leave a few dozen shapes, met in the first steps (a training step of
@@ -125,26 +167,6 @@ def segment_alignment(x: Tensor) -> int:
 def gather_experts(x: Tensor, chosen: Tensor, gates: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
     hidden = swiglu(torch.einsum("td,tkfd->tkf", x, gate_up_proj[chosen])) * gates.unsqueeze(-1)  # (T, K, F)
     return torch.einsum("tkf,tkdf->td", hidden, down_proj[chosen])
-
-
-class TakeRows(torch.autograd.Function):
-    """x[index], where every row of x is taken `copies` times and `inverse` says where to: its gradient is a gather
-    and a sum.
-
-    Autograd's own gradient of indexing is a scattered addition, slower and on CUDA in no fixed order.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.copies = copies
-        return x[index]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        taken = grad[inverse]
-        return taken if ctx.copies == 1 else taken.view(-1, ctx.copies, grad.shape[-1]).sum(1), None, None, None
 
 
 BACKENDS: dict[str, Backend] = {"loop": loop_experts, "grouped": grouped_experts, "gather": gather_experts}
@@ -222,7 +244,9 @@ class MoE(nn.Module):
         name = self.backend
         if name in ("auto", self.config.expert_backend):
             name = choose_backend(self.config, device, dtype, flat.shape[0])[0]
-        gates, weights = routing.gates.to(dtype), (self.gate_up_proj.to(dtype), self.down_proj.to(dtype))
-        routed = BACKENDS[name](flat.to(dtype), routing.chosen, gates, *weights).view_as(x)
-        out = routed if self.shared_experts is None else routed + self.shared_experts(x)
+        rows, gates = flat.to(dtype), routing.gates.to(dtype)
+        out = BACKENDS[name](rows, routing.chosen, gates, self.gate_up_proj.to(dtype), self.down_proj.to(dtype))
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(rows)
+        out = out.view_as(x)
         return out, self.router.stats(routing, x.shape[0], global_load)
