@@ -50,7 +50,8 @@ class Fake:
 @pytest.mark.parametrize("name", studies())
 def test_every_trainings_flags_mean_to_the_training_script_what_the_study_means(name, tmp_path):
     study = studies()[name]
-    for job in (*sweep_jobs(study), *final_jobs(study, {}, 1)):
+    stepped = replace(study, budget=Budget(steps=7))
+    for job in (*sweep_jobs(study), *final_jobs(study, {}, 1), *final_jobs(stepped, {}, 1)):
         _, config, _ = training.parse([*job.flags(), "--out", str(tmp_path / "run")])
         assert config == job.config()
 
@@ -168,7 +169,9 @@ def test_a_path_is_not_stored_and_a_folder_of_something_else_is_left_alone(tmp_p
         run_study("x", study, tmp_path / "y", 1, Fake(lives=0))
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"study": "x"}', '{"sweep": [], "finals": [], "colour": 1}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"study": "x"}', '{"sweep": [], "finals": [], "colour": 1}', '{"sweep": [], "finals": [{}]}']
+)
 def test_a_damaged_results_file_is_refused(tmp_path, content):
     (tmp_path / RESULTS).write_text(content)
     with pytest.raises(StudyError, match="holds no results"):
@@ -270,6 +273,9 @@ def test_what_is_published_is_shown_without_training_as_one_object_on_standard_o
     shown = json.loads(capsys.readouterr().out)
     assert [arm["arm"] for arm in shown["arms"]] == ["sigmoid", "softmax"]
     assert (tmp_path / "out/studies/scores/scores.png").exists()
+    (tmp_path / "scores.json").rename(tmp_path / "tiny.json")
+    with pytest.raises(StudyError, match="holds the study scores"):
+        front.published_or_made("tiny", tmp_path / "none")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 `python -m moe.lab study NAME`: an experiment with several seeds."""
 
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -82,7 +81,6 @@ def study_command(
     if show:
         results = study.published_or_made(name, folder)
     else:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a training ends with its study
         results = run_study(name, asked, folder, asked.seeds if seeds is None else seeds, train, progress)
     summary = summarize(results, asked)
     print(as_json(summary) if json else study.in_words(summary))

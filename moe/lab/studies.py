@@ -37,7 +37,9 @@ class Budget:
         return step >= self.steps if self.steps else seconds >= 60 * (self.minutes or 0)
 
     def __str__(self) -> str:
-        return f"{self.steps:,} steps" if self.steps else f"{self.minutes:g} minutes"
+        if self.steps is not None:
+            return f"{self.steps:,} steps"
+        return "1 minute" if self.minutes == 1 else f"{self.minutes:g} minutes"
 
 
 @dataclass(frozen=True)

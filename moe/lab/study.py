@@ -14,7 +14,7 @@ from moe.lab.studies import Budget, Study, StudyError, studies
 from moe.lab.study_runs import RESULTS, Results, read_results
 from moe.lab.study_summary import CLEAR, FEWEST
 
-PUBLISHED = Path(__file__).parent / "results"
+PUBLISHED = Path(__file__).parent / "results"  # a study's results.json, kept here as NAME.json
 Summary = dict[str, Any]
 Cell = Callable[[Summary], str]
 
@@ -42,7 +42,10 @@ def published_or_made(name: str, folder: Path) -> Results:
     """The study's own folder first, then what comes with this program."""
     for path in (folder / RESULTS, PUBLISHED / f"{name}.json"):
         if path.exists():
-            return read_results(path)
+            results = read_results(path)
+            if results.study != name:
+                raise StudyError(f"{path} holds the study {results.study}: ask for that, or choose another --out")
+            return results
     raise StudyError(f"there are no results in {folder}, and none are published: leave --show out to make them")
 
 
@@ -69,7 +72,7 @@ def table(summary: Summary) -> str:
     }
     if len(arms) > 1:
         columns |= {
-            f"less {arms[0]['arm']}": lambda arm: with_error(arm.get("difference"), "+.4f"),
+            f"against {arms[0]['arm']}": lambda arm: with_error(arm.get("difference"), "+.4f"),
             "ratio": lambda arm: f"{arm['ratio']:.4f}" if "ratio" in arm else "",
             "verdict": lambda arm: arm.get("verdict", ""),
         }
@@ -87,11 +90,8 @@ def line(cells: Iterable[str]) -> str:
 def notes(summary: Summary) -> list[str]:
     """Below the table."""
     split = {"val": "validation", "test": "test"}[summary["split"]]
-    budget, seeds = summary["budget"], len(summary["seeds"])
-    length = f"{budget['minutes']:g} minutes" if "minutes" in budget else f"{budget['steps']:,} steps"
-    trained = (
-        f"{length} of training on {summary['data']}, {seeds} seeds" if seeds > 1 else f"{length} of training, 1 seed"
-    )
+    budget, seeds = Budget(**summary["budget"]), len(summary["seeds"])
+    trained = f"{budget} of training on {summary['data']}, {seeds} seed{'s' * (seeds > 1)}"
     said = [f"{trained}; bits per byte of the whole {split} split, mean ± standard error; lower is better."]
     if len(summary["arms"]) > 1:
         said.append(
@@ -109,12 +109,12 @@ def notes(summary: Summary) -> list[str]:
 def race_note(arm: Summary, first: str) -> list[str]:
     if (race := arm.get("race")) is None:
         return []
-    reached = "not reached in this time" if race["reached"] is None else f"reached after {race['reached']:.0%} of it"
-    ratios = ", ".join(
-        f"{race[name]:.2f} times the {said}"
-        for name, said in (("step_seconds", "seconds a step"), ("tokens", "tokens"), ("flops", "operations"))
-    )
-    return [f"What {first} ends with on the validation split {arm['arm']} has {reached} (median); {ratios}."]
+    when = "not in this time" if race["reached"] is None else f"after {race['reached']:.0%} of the time"
+    return [
+        f"{arm['arm']} comes to the validation price that {first} ends with {when} (median of the seeds). Its steps "
+        f"take {race['step_seconds']:.2f} times as long; it sees {race['tokens']:.2f} times the tokens with "
+        f"{race['flops']:.2f} times the operations."
+    ]
 
 
 def setting_note(arm: Summary) -> list[str]:

@@ -76,6 +76,6 @@ def draw_differences(axis: Any, arms: dict[str, list[Record]], split: str) -> No
     axis.axvline(0, color="0.3", linewidth=0.8)
     axis.set_yticks(range(len(others)), others)
     axis.set(
-        xlabel=f"bits per byte less {first} (left: better), {CLEAR} standard errors", ylim=(len(others) - 0.5, -0.5)
+        xlabel=f"bits per byte against {first} (left: better), {CLEAR} standard errors", ylim=(len(others) - 0.5, -0.5)
     )
     axis.grid(alpha=0.3, axis="x")

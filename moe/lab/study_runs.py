@@ -61,6 +61,7 @@ def read_results(path: Path) -> Results:
     try:
         stored = json.loads(path.read_text("utf-8"))
         sweep, finals = tuple(stored.pop("sweep")), tuple(stored.pop("finals"))
+        keys((*sweep, *finals))  # raises where a run is none
         return Results(**stored, sweep=sweep, finals=finals)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StudyError(f"{path} holds no results of a study ({type(error).__name__}: {error})") from None

@@ -3,6 +3,7 @@
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -78,7 +79,7 @@ def train(job: Job, folder: Path, budget: Budget) -> Outcome:
             run.clear()
             run.lock.release()
         command = [sys.executable, str(script), *job.flags(), "--out", str(folder), "--resume", "auto"]
-        made = subprocess.run([*command, "--plain", "--quiet"], stderr=subprocess.PIPE, text=True, check=False)
+        made = run_process([*command, "--plain", "--quiet"])
         if made.returncode:
             said = (made.stderr.strip().split("\n")[-1]).removeprefix("error: ") or f"exit {made.returncode}"
             kind = Diverged if said.startswith("step ") else StudyError
@@ -88,6 +89,15 @@ def train(job: Job, folder: Path, budget: Budget) -> Outcome:
         raise StudyError(f"{job.name} was interrupted: the same command goes on")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return outcome
+
+
+def run_process(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """What ends this process by SIGTERM ends that one too, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def read_outcome(run: RunFolder, budget: Budget) -> Outcome | None:
