@@ -109,9 +109,12 @@ def notes(summary: Summary) -> list[str]:
 def race_note(arm: Summary, first: str) -> list[str]:
     if (race := arm.get("race")) is None:
         return []
-    when = "not in this time" if race["reached"] is None else f"after {race['reached']:.0%} of the time"
+    price = f"the validation price that {first} ends with"
+    came = f"does not come to {price} in this time"
+    if race["reached"] is not None:
+        came = f"comes to {price} after {race['reached']:.0%} of the time"
     return [
-        f"{arm['arm']} comes to the validation price that {first} ends with {when} (median of the seeds). Its steps "
+        f"{arm['arm']} {came} (median of the seeds). Its steps "
         f"take {race['step_seconds']:.2f} times as long; it sees {race['tokens']:.2f} times the tokens with "
         f"{race['flops']:.2f} times the operations."
     ]
