@@ -79,9 +79,9 @@ def train(job: Job, folder: Path, budget: Budget) -> Outcome:
             run.clear()
             run.lock.release()
         command = [sys.executable, str(script), *job.flags(), "--out", str(folder), "--resume", "auto"]
-        made = run_process([*command, "--plain", "--quiet"])
-        if made.returncode:
-            said = (made.stderr.strip().split("\n")[-1]).removeprefix("error: ") or f"exit {made.returncode}"
+        status, complaints = run_process([*command, "--plain", "--quiet"])
+        if status:
+            said = complaints.split("\n")[-1].removeprefix("error: ") or f"exit status {status}"
             kind = Diverged if said.startswith("step ") else StudyError
             raise kind(f"{job.name}: {said}")
         outcome = read_outcome(run, budget)
@@ -91,11 +91,18 @@ def train(job: Job, folder: Path, budget: Budget) -> Outcome:
     return outcome
 
 
-def run_process(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """What ends this process by SIGTERM ends that one too, as Ctrl-C does."""
+def run_process(command: list[str]) -> tuple[int, str]:
+    """Its exit status and what it complained of. A Ctrl-C or SIGTERM that ends this process has that one save first."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                said = process.communicate()[1]
+            except KeyboardInterrupt:
+                process.terminate()
+                process.communicate()
+                raise
+        return process.returncode, said.strip()
     finally:
         signal.signal(signal.SIGTERM, before)
 
