@@ -293,6 +293,7 @@ class DataConfig:
 class OptimConfig:
     """Muon for matrices, AdamW for the rest (see optim.py), and how their learning rates move."""
 
+    matrix_optimizer: Literal["muon", "adamw"] = "muon"  # adamw: the matrices too, with adam_lr and adam_weight_decay
     muon_lr: float = 0.02
     muon_momentum: float = 0.95
     muon_weight_decay: float = 0.1

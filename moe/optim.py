@@ -3,7 +3,8 @@
 Muon (Jordan et al. 2024): momentum whose matrix is made orthogonal before it is applied, so that every direction of a
 weight learns at the same pace. Matrices of hidden layers get it: attention, dense and shared feed-forward, and the
 stacked experts, orthogonalised **per expert** (a stack flattened into one matrix would mix experts that have nothing
-to do with each other). Embedding, head, norms and the small router matrix get AdamW.
+to do with each other). Embedding, head, norms and the small router matrix get AdamW; with `matrix_optimizer = "adamw"`
+everything does.
 """
 
 import math
@@ -90,6 +91,9 @@ class Optimizers:
         self.config = config
         self.names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
         groups = sort_parameters(model)
+        if config.matrix_optimizer == "adamw":
+            groups["embeddings"] += groups["matrices"] + groups["fused"]
+            groups["matrices"], groups["fused"] = [], []
         self.muon = Muon(
             [
                 {"params": groups["matrices"], "peak_lr": config.muon_lr},

@@ -74,7 +74,25 @@ def test_every_parameter_is_in_exactly_one_group(small):
     assert len(handled) == len(set(handled)) == len(names)
 
 
-def test_the_state_of_both_optimizers_survives_a_round_trip():
+def test_adamw_takes_the_matrices_too_where_asked_and_moves_each_weight_by_its_own_rate():
+    model = build()
+    optimizers = Optimizers(model, OptimConfig(matrix_optimizer="adamw", adam_lr=0.01, warmup=0.0))
+    assert not any(group["params"] for group in optimizers.muon.param_groups)
+    handled = {weight for group in optimizers.adam.param_groups for weight in group["params"]}
+    assert handled == set(model.parameters())
+    before = model.layers[1].mlp.down_proj.detach().clone()
+    tokens = torch.randint(64, (2, 16))
+    model.losses(tokens, tokens).objective.backward()
+    moved = model.layers[1].mlp.down_proj.grad != 0
+    optimizers.step(0.0)
+    change = (model.layers[1].mlp.down_proj - before).abs()[moved]  # Adam's first step is the rate itself, by sign
+    torch.testing.assert_close(change, torch.full_like(change, 0.01), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("matrix_optimizer", ["muon", "adamw"])
+def test_the_state_of_both_optimizers_survives_a_round_trip(matrix_optimizer):
+    config = OptimConfig(matrix_optimizer=matrix_optimizer)
+
     def steps(model, optimizers, count):
         for _ in range(count):
             tokens = torch.randint(64, (2, 16))
@@ -83,7 +101,7 @@ def test_the_state_of_both_optimizers_survives_a_round_trip():
             optimizers.zero_grad()
 
     one, other = build(), build()
-    first, second = Optimizers(one, OptimConfig()), Optimizers(other, OptimConfig())
+    first, second = Optimizers(one, config), Optimizers(other, config)
     steps(one, first, 2)
     other.load_state_dict(one.state_dict())
     second.load_state({name: tensor.clone() for name, tensor in first.state()})

@@ -1,4 +1,5 @@
-"""`python -m moe.lab score RUN FILE`: what a text costs under a model."""
+"""`python -m moe.lab score RUN FILE`: what a text costs under a model.
+`python -m moe.lab study NAME`: an experiment with several seeds."""
 
 import json
 import sys
@@ -9,7 +10,12 @@ import tyro
 import moe
 from moe.command import run_commands
 from moe.device import Dtype
+from moe.lab import study
 from moe.lab.score import Windows, score
+from moe.lab.study_plots import draw_study
+from moe.lab.study_runs import run_study
+from moe.lab.study_summary import summarize
+from moe.lab.study_training import train
 
 
 def read_bytes(path: Path) -> bytes:
@@ -46,12 +52,51 @@ def score_command(
             print(f"{result[name]:>12,} {name}")
 
 
+def study_command(
+    name: tyro.conf.Positional[str] = "",
+    seeds: int | None = None,
+    minutes: float | None = None,
+    steps: int | None = None,
+    data: str | None = None,
+    out: Path | None = None,
+    show: bool = False,
+    json: bool = False,
+) -> None:
+    """Train the arms of an experiment with several seeds, in turns, and compare them. Goes on after a kill.
+
+    Args:
+        name: Which study; without one they are listed.
+        seeds: How many; more of them may be asked for later.
+        minutes: Of the training clock, for each training.
+        steps: For each training, instead of minutes.
+        data: Another text than the study's.
+        out: Its folder; out/studies/NAME by default.
+        show: Train nothing; of a study without a folder, what is published with this program.
+        json: Print one JSON object.
+    """
+    if not name:
+        return print(study.listing())
+    folder = out or Path("out/studies") / name
+    asked = study.asked_for(name, minutes, steps, data)
+    if show:
+        results = study.published_or_made(name, folder)
+    else:
+        results = run_study(name, asked, folder, asked.seeds if seeds is None else seeds, train, progress)
+    summary = summarize(results, asked)
+    print(as_json(summary) if json else study.in_words(summary))
+    progress(f"picture {draw_study(results, asked, folder)}")
+
+
+def progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def as_json(result: object) -> str:
     return json.dumps(result)
 
 
 def main() -> int:
-    return run_commands("python -m moe.lab", {"score": score_command})
+    return run_commands("python -m moe.lab", {"score": score_command, "study": study_command})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,188 @@
+"""Running a study: one training after another, each kept as a few numbers as soon as it ends.
+
+First, where arms have several settings to try, the sweep: every setting of every arm once, at a seed that is not used
+again; the best by validation loss is the arm's. Then the trainings that count, seed by seed, the arms in turns: a slow
+hour of the machine meets all of them alike.
+
+What is left to do follows from what is stored, so a study that is killed goes on when the same command is given again.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from moe.checkpoint import versions
+from moe.config import require, to_dict
+from moe.files import write_whole
+from moe.lab.studies import Arm, Study, StudyError, configure
+from moe.lab.study_training import Diverged, Job, Stage, Trainer
+from moe.metrics import Record
+
+SWEEP_SEED = 0  # those that count are 1, 2, ...
+POINTS, ALL_POINTS = 60, 600  # of a curve, of all curves of a study, at most: a results file is for keeping
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Results:
+    """A study's file. A run: arm, setting, seed, machine, finals and curve; or `diverged` instead of the last two."""
+
+    study: str
+    protocol: Mapping[str, Any]  # what makes two runs comparable
+    versions: Mapping[str, str]
+    data: Mapping[str, str] | None = None
+    sweep: tuple[Record, ...] = ()
+    finals: tuple[Record, ...] = ()
+
+    def best(self) -> dict[str, int]:
+        """The setting of each arm that the sweep found best."""
+        losses: dict[str, dict[float, int]] = {}
+        for run in self.sweep:
+            if "finals" in run:
+                losses.setdefault(run["arm"], {})[run["finals"]["val_bits_per_byte"]] = run["setting"]
+        return {arm: found[min(found)] for arm, found in losses.items()}
+
+    def write(self, path: Path) -> None:
+        """A line for each run."""
+        parts = []
+        for name, value in asdict(self).items():
+            runs = name in ("sweep", "finals")
+            text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]" if runs else json.dumps(value)
+            parts.append(f"{json.dumps(name)}: {text}")
+        write_whole(path, ("{\n" + ",\n".join(parts) + "\n}\n").encode())
+
+
+def read_results(path: Path) -> Results:
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+        sweep, finals = tuple(stored.pop("sweep")), tuple(stored.pop("finals"))
+        keys((*sweep, *finals))  # raises where a run is none
+        return Results(**stored, sweep=sweep, finals=finals)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StudyError(f"{path} holds no results of a study ({type(error).__name__}: {error})") from None
+
+
+def protocol_of(study: Study) -> dict[str, Any]:
+    """All that a run's meaning depends on, but for the seeds: more of them may be added later."""
+    base = to_dict(configure(study.preset, {**study.common, **study.budget.changes()}))
+    base["data"]["source"] = Path(base["data"]["source"]).name  # where the text lies is no part of what it is
+    arms = [{"arm": arm.name, "changes": dict(arm.changes), "tries": list(map(dict, arm.tries))} for arm in study.arms]
+    budget = {name: value for name, value in asdict(study.budget).items() if value}
+    return json.loads(json.dumps({"budget": budget, "arms": arms, "base": base}))  # as it will be read
+
+
+def job(study: Study, stage: Stage, arm: Arm, setting: int, seed: int) -> Job:
+    changes = {**study.common, **arm.changes, **arm.tries[setting], **study.budget.changes(), "seed": seed}
+    return Job(stage, arm.name, setting, seed, study.preset, changes)
+
+
+def in_turns(arms: tuple[Arm, ...], number: int) -> tuple[Arm, ...]:
+    """Another one begins each time."""
+    first = number % len(arms)
+    return arms[first:] + arms[:first]
+
+
+def sweep_jobs(study: Study) -> list[Job]:
+    most = max(len(arm.tries) for arm in study.arms)
+    turns = ((setting, arm) for setting in range(most) for arm in in_turns(study.arms, setting))
+    return [job(study, "sweep", arm, at, SWEEP_SEED) for at, arm in turns if at < len(arm.tries) > 1]
+
+
+def final_jobs(study: Study, best: Mapping[str, int], seeds: int) -> list[Job]:
+    turns = ((seed, arm) for seed in range(1, seeds + 1) for arm in in_turns(study.arms, seed - 1))
+    return [job(study, "final", arm, best.get(arm.name, 0), seed) for seed, arm in turns]
+
+
+def keys(runs: Iterable[Record]) -> set[tuple[str, int, int]]:
+    return {(run["arm"], run["setting"], run["seed"]) for run in runs}
+
+
+def left_to_do(study: Study, results: Results, seeds: int) -> list[Job]:
+    """In order; as long as there is a sweep to make, that alone."""
+    sweep = [each for each in sweep_jobs(study) if each.key not in keys(results.sweep)]
+    if sweep:
+        return sweep
+    best = results.best()
+    lost = [arm.name for arm in study.arms if len(arm.tries) > 1 and arm.name not in best]
+    if lost:
+        raise StudyError(f"{results.study}: no setting of {lost[0]} came to an end: try lower learning rates")
+    return [each for each in final_jobs(study, best, seeds) if each.key not in keys(results.finals)]
+
+
+def run_study(
+    name: str, study: Study, out: Path, seeds: int, trainer: Trainer, say: Callable[[str], None] = lambda line: None
+) -> Results:
+    """Make what is missing of the study in its folder, and return all of it. Raises StudyError where the folder holds
+    a study made otherwise."""
+    require(seeds > 0, f"--seeds {seeds} must be greater than 0")
+    out.mkdir(parents=True, exist_ok=True)
+    path, trainings = out / RESULTS, seeds * len(study.arms)
+    points = max(min(POINTS, ALL_POINTS // trainings), 10)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            results = open_results(name, study, path)
+            total = len(sweep_jobs(study)) + trainings
+            while jobs := left_to_do(study, results, seeds):
+                number = len(results.sweep) + len(results.finals) + 1
+                say(f"{number} of {total}  {jobs[0].name}, {study.budget}")
+                results = with_one_more(results, jobs[0], out, study, trainer, points)
+                results.write(path)
+            return results
+    except Timeout:
+        raise StudyError(f"{out} is in use by another process: wait for it, or choose another --out") from None
+
+
+def with_one_more(results: Results, job: Job, out: Path, study: Study, trainer: Trainer, points: int) -> Results:
+    """The results with this training's; a sweep may meet one that diverges."""
+    run: Record = {"arm": job.arm, "setting": job.setting, "seed": job.seed}
+    try:
+        outcome = trainer(job, out / job.name, study.budget)
+    except Diverged as error:
+        if job.stage == "final":
+            raise
+        return replace(results, sweep=(*results.sweep, run | {"diverged": str(error)}))
+    if results.data not in (None, outcome.data):
+        shutil.rmtree(out / job.name, ignore_errors=True)  # or it would be found finished
+        raise StudyError(f"{out} began with another text or tokenizer: give that one, or choose another --out")
+    results = replace(results, data=dict(outcome.data))
+    run |= {"machine": outcome.machine, "finals": dict(outcome.finals)}
+    if job.stage == "sweep":
+        return replace(results, sweep=(*results.sweep, run))
+    run["curve"] = {column: thin(values, points) for column, values in outcome.curve.items()}
+    return replace(results, finals=(*results.finals, run))
+
+
+def open_results(name: str, study: Study, path: Path) -> Results:
+    protocol = protocol_of(study)
+    if not path.exists():
+        strange = [other.name for other in path.parent.iterdir() if other.is_dir()]
+        if strange:
+            raise StudyError(f"{path.parent} holds {strange[0]}, which is no part of this study: choose another --out")
+        results = Results(name, protocol, versions())
+        results.write(path)
+        return results
+    results = read_results(path)
+    if (results.study, results.protocol) != (name, protocol):
+        changed = differing(results.protocol, protocol) or "name"
+        raise StudyError(f"{path} began with another {changed}: go on as it began, or choose another --out")
+    return results
+
+
+def differing(old: Any, new: Any) -> str:
+    """The dotted name of the first part in which two protocols differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return ""
+    found = (name for name in {**new, **old} if old.get(name) != new.get(name))
+    return next((f"{name}.{differing(old.get(name), new.get(name))}".rstrip(".") for name in found), "")
+
+
+def thin(values: list[float], points: int) -> list[float]:
+    """Evenly, the first and the last among them."""
+    if len(values) <= points:
+        return values
+    return [values[round(at * (len(values) - 1) / (points - 1))] for at in range(points)]
