@@ -48,7 +48,7 @@ from moe.optim import Average, Optimizers, mtp_weight
 from moe.presets import NOTES, presets
 from moe.tokenizer import Tokenizer
 
-WHAT_A_STEP_IS = {"train.tokens_per_step", "train.sequence_length"}
+WHAT_A_STEP_IS = {f"train.{name}" for name in ("tokens_per_step", "sequence_length", "short_until", "short_parts")}
 MAY_CHANGE = {"steps", "minutes", *(f"train.{item.name}" for item in fields(TrainConfig))} - WHAT_A_STEP_IS
 
 
@@ -301,8 +301,8 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     # -- the loop ------------------------------------------------------------------------------------------------------
     while True:
         began = time.perf_counter()
-        step_batches = [batches.next(runtime.device) for _ in range(micro_batches)]
-        weight = mtp_weight(state.progress(config), config.optim)
+        parts, weight = config.train.parts(state.progress(config)), mtp_weight(state.progress(config), config.optim)
+        step_batches = [batches.next(runtime.device, parts) for _ in range(micro_batches)]
         losses = accumulate(losses_of, step_batches, runtime, model, weight)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf).item()
         loss = losses.loss.item()

@@ -333,6 +333,8 @@ class TrainConfig:
 
     tokens_per_step: Annotated[int, tyro.conf.arg(aliases=("--tokens-per-step",))] = 2048  # of one optimizer step
     sequence_length: int = 256
+    short_until: float = 0.0  # so far into the training, each window is cut into `short_parts`: attention costs less
+    short_parts: int = 2
     micro_batch_size: int | Literal["auto"] = "auto"  # sequences at a time; the gradients of a step are accumulated
     activation_checkpointing: bool = False  # less memory, a third more work: layers are computed again for gradients
     eval_interval: int = 250  # steps; 0: only at the end
@@ -342,19 +344,28 @@ class TrainConfig:
     keep_last: int = 2  # checkpoints
 
     def __post_init__(self) -> None:
-        require_above(0, self, "tokens_per_step sequence_length log_interval keep_last")
-        require_not_negative(self, "eval_interval eval_tokens save_interval")
+        require_above(0, self, "tokens_per_step sequence_length short_parts log_interval keep_last")
+        require_not_negative(self, "short_until eval_interval eval_tokens save_interval")
         tokens, length, micro = self.tokens_per_step, self.sequence_length, self.micro_batch_size
         nearest = max(round(tokens / length), 1) * length
         require(
             tokens % length == 0,
             f"train.tokens_per_step = {tokens} must be a multiple of train.sequence_length = {length}: {nearest} is",
         )
+        require(self.short_until <= 1, f"train.short_until = {self.short_until} must lie in [0, 1]")
+        require(
+            self.short_until == 0 or length % self.short_parts == 0,
+            f"train.short_parts = {self.short_parts} must divide train.sequence_length = {length}",
+        )
         require(
             micro == "auto" or (micro > 0 and self.sequences_per_step % micro == 0),
             f"train.micro_batch_size = {micro} must divide the {self.sequences_per_step} sequences of a step: "
             f"{', '.join(map(str, self.micro_batch_sizes()))} do, and auto chooses one",
         )
+
+    def parts(self, progress: float) -> int:
+        """Into how many each window is cut, after this part of the training."""
+        return self.short_parts if progress < self.short_until else 1
 
     @property
     def sequences_per_step(self) -> int:
@@ -413,10 +424,11 @@ class RunConfig:
             f"train.eval_tokens = {part} must be more than train.sequence_length = {window}, or 0 for the whole split",
         )
         ahead = self.model.num_nextn_predict_layers
+        shortest = window // self.train.short_parts if self.train.short_until else window
         require(
-            ahead < window,
+            ahead < shortest,
             f"model.num_nextn_predict_layers = {ahead} looks past the end of every window: it must be less than "
-            f"train.sequence_length = {window}",
+            f"their length, {shortest}",
         )
 
     @property

@@ -78,8 +78,8 @@ class Batches:
         windows = (len(self.stream) - 1 - offset) // self.sequence_length
         self.starts = offset + self.sequence_length * rng.permutation(windows)
 
-    def next(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
-        """Tokens and their successors, (B, S) int64 each."""
+    def next(self, device: str = "cpu", parts: int = 1) -> tuple[Tensor, Tensor]:
+        """Tokens and their successors, (B, S) int64 each, or (B * parts, S / parts)."""
         rows = []
         for _ in range(self.batch_size):
             if self.cursor.window == len(self.starts):
@@ -88,7 +88,8 @@ class Batches:
             rows.append(self.stream.read(int(self.starts[self.cursor.window]), self.sequence_length + 1))
             self.cursor.window += 1
         ids = torch.from_numpy(np.stack(rows)).to(device)
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        shape = (-1, self.sequence_length // parts)
+        return ids[:, :-1].reshape(shape), ids[:, 1:].reshape(shape)
 
 
 def separate_windows(

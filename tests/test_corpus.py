@@ -641,6 +641,9 @@ def test_batches_depend_on_seed_and_cursor_alone_and_an_epoch_reads_every_window
     for wanted in first[5:]:
         assert all(a.equal(b) for a, b in zip(resumed.next(), wanted, strict=True))
     assert not Batches(stream, 2, 8, seed=4).next()[0].equal(first[0][0])
+    for whole, cut in zip(first[0], Batches(stream, 2, 8, seed=3).next(parts=4), strict=True):
+        assert cut.shape == (8, 2)
+        assert cut.view(2, 8).equal(whole)
     starts = Batches(stream, 2, 8, seed=3).starts
     assert len(set(starts)) == len(starts) == (len(stream) - 1 - min(starts)) // 8
     assert set(np.diff(sorted(starts))) == {8}
