@@ -209,7 +209,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         future = torch.full((length, length), -torch.inf, dtype=query.dtype).triu(1)
         # Autocast would copy the scores to float32; softmax sums in float32 in any case
         with torch.autocast("cpu", enabled=False):
-            return ((query * scale) @ key.mT + future).softmax(-1) @ value
+            scores = torch.baddbmm(future, query.flatten(0, 1), key.flatten(0, 1).mT, alpha=scale)  # (B*H, S, S)
+            return scores.view(*query.shape[:-1], length).softmax(-1) @ value
     if width < query.shape[-1]:  # the fused kernels want one width: zeros add nothing
         value = F.pad(value, (0, query.shape[-1] - width))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)[..., :width]
