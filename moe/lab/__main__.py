@@ -1,15 +1,31 @@
-"""`python -m moe.lab score RUN FILE`: what a text costs under a model."""
+"""Looking and measuring.
+
+python -m moe.lab score out/tiny text.txt   what a text costs under a model
+python -m moe.lab bench layer               a mixture of experts against a dense layer
+python -m moe.lab bench step                a training step of one preset against another's
+python -m moe.lab bench decode              writing, against transformers
+"""
 
 import json
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 import moe
 from moe.command import run_commands
 from moe.device import Dtype
+from moe.lab.bench_decode import DecodeBench
+from moe.lab.bench_layer import LayerBench
+from moe.lab.bench_step import StepBench
 from moe.lab.score import Windows, score
+
+Bench = (
+    Annotated[LayerBench, tyro.conf.subcommand("layer")]
+    | Annotated[StepBench, tyro.conf.subcommand("step")]
+    | Annotated[DecodeBench, tyro.conf.subcommand("decode")]
+)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -46,12 +62,17 @@ def score_command(
             print(f"{result[name]:>12,} {name}")
 
 
+def bench_command(bench: Annotated[Bench, tyro.conf.arg(name="")]) -> None:
+    """Measure against something else, alternately, and print a table."""
+    bench.main()
+
+
 def as_json(result: object) -> str:
     return json.dumps(result)
 
 
 def main() -> int:
-    return run_commands("python -m moe.lab", {"score": score_command})
+    return run_commands("python -m moe.lab", {"score": score_command, "bench": bench_command}, __doc__)
 
 
 if __name__ == "__main__":
