@@ -1,0 +1,234 @@
+"""The model as it writes: one new token of each sequence behind a cache, in as few operations as it takes.
+
+Notation: B sequences, L positions so far, the new ones included, D model width, H heads, E routed experts, K experts
+per token. Latent attention: r = kv_lora_rank, and per head n = qk_nope_head_dim, p = qk_rope_head_dim, v = v_head_dim.
+Grouped: G groups of H/G query heads, d = head_dim.
+
+It computes what `Transformer.forward` does with a cache, but for rounding. A small model's token on a CPU is paid for
+in calls: each operation takes a microsecond or more before it has computed anything, an einsum's pattern ten. So here
+
+* there is no position axis, no statistics of the routing, no module that calls a module;
+* a rotation is one product with a matrix (p, p), made for some positions ahead and shared by all layers and heads;
+* a token alone takes its experts one after the other, the gate as the factor with which a product is added.
+
+Weights are looked at, never copied (but for a router that is not float32), so nothing has to be kept in step.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.attention import Cache, GroupedQueryAttention, LatentAttention, RMSNorm
+from moe.config import ModelConfig
+from moe.experts import BACKENDS, MLP, MoE, choose_backend, swiglu
+from moe.model import Block, Transformer
+from moe.rotary import rotary_table, rotate
+from moe.router import TINY
+
+AHEAD = 64  # positions that rotations are made for at a time
+
+Layer = Callable[[Tensor], Tensor]  # (B, D) -> (B, D)
+Attention = Callable[[Tensor, Tensor, Cache], Tensor]
+
+
+class Decoder:
+    """Behind what is in a cache, and into it: the next token of each sequence, (B,) -> (B, D), as the head reads it."""
+
+    def __init__(self, model: Transformer, cache: Cache) -> None:
+        self.cache, self.embedding = cache, model.embed_tokens.weight
+        self.turns = Turns(model.config, self.embedding.device)
+        batch = len(cache.entries[0])
+        self.blocks = [prepare(block, batch) for block in model.blocks()[: len(model.layers)]]
+        self.norm = normalizer(model.norm, batch)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        x, turn, cache = F.embedding(tokens, self.embedding), self.turns.at(self.cache.length), self.cache
+        for attention_norm, attention, mlp_norm, mlp in self.blocks:
+            x = x + attention(attention_norm(x), turn, cache)
+            x = x + mlp(mlp_norm(x))
+        cache.length += 1
+        return self.norm(x)
+
+
+def prepare(block: Block, batch: int) -> tuple[Layer, Attention, Layer, Layer]:
+    own, mlp = block.self_attn, block.mlp
+    attention: Attention = (
+        DecodedLatent(own, block.layer, batch)
+        if isinstance(own, LatentAttention)
+        else DecodedGrouped(own, block.layer, batch)
+    )
+    before_attention, before_mlp = (
+        normalizer(norm, batch) for norm in (block.input_layernorm, block.post_attention_layernorm)
+    )
+    return before_attention, attention, before_mlp, DecodedMoE(mlp) if isinstance(mlp, MoE) else dense(mlp)
+
+
+class Turns:
+    """Rotations as matrices: x @ turns.at(position), for x (..., p), is `rotate` at that position."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.block, self.matrices = -1, torch.empty(0)
+
+    def at(self, position: int) -> Tensor:
+        """(p, p), float32."""
+        block, place = divmod(position, AHEAD)
+        if block != self.block:
+            self.block, self.matrices = block, self.make(block * AHEAD)
+        return self.matrices[place]
+
+    def make(self, first: int) -> Tensor:
+        """(AHEAD, p, p): row i is where the rotation takes the i-th unit vector."""
+        config, width = self.config, self.config.rotary_dim
+        positions = torch.arange(first, first + AHEAD, device=self.device)
+        table = rotary_table(positions, width, config.rope_theta, config.rope_scaling)
+        unit = torch.eye(width, device=self.device).unsqueeze(1).expand(-1, AHEAD, -1)  # (p, AHEAD, p)
+        return rotate(unit, table, config.rope_interleave).transpose(0, 1).contiguous()
+
+
+def turned(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotated in float32, whatever comes in. (..., p), (p, p) -> (..., p)."""
+    return x @ turn if x.dtype == turn.dtype else (x.float() @ turn).to(x.dtype)
+
+
+def normalizer(norm: RMSNorm, vectors: int) -> Layer:
+    """RMSNorm of so many vectors at a time, in float32. PyTorch's own is one operation on a GPU, and ten on a CPU."""
+    weight, shape, eps, width = norm.weight.float(), norm.normalized_shape, norm.eps or 0.0, norm.weight.numel()
+    if weight.device.type != "cpu" or norm.weight.dtype != torch.float32:
+        return lambda x: F.rms_norm(x.float(), shape, weight, eps).to(x.dtype)
+    zero, floor = torch.zeros(1, width), torch.tensor(eps)
+
+    def one(x: Tensor) -> Tensor:
+        flat = x.view(-1)
+        return torch.addcmul(zero, x, weight, value=(torch.dot(flat, flat).item() / width + eps) ** -0.5)
+
+    def several(x: Tensor) -> Tensor:
+        size = torch.linalg.vector_norm(x, 2, -1, True)
+        return x * torch.addcmul(floor, size, size, value=1 / width).rsqrt_() * weight
+
+    return one if vectors == 1 else several
+
+
+class DecodedLatent:
+    """Latent attention in its absorbed form (see attention.py)."""
+
+    def __init__(self, own: LatentAttention, layer: int, batch: int) -> None:
+        config = own.config
+        self.layer, self.scale, self.heads = layer, own.scale, config.num_attention_heads
+        self.query_parts = (config.qk_nope_head_dim, config.qk_rope_head_dim)
+        self.entry_parts = (config.kv_lora_rank, config.qk_rope_head_dim)
+        self.compress = own.kv_a_proj_with_mqa.weight, own.kv_a_proj_with_mqa.bias
+        self.latent_norm = normalizer(own.kv_a_layernorm, batch)
+        expand = own.kv_b_proj.weight.unflatten(0, (self.heads, -1))  # (H, n + v, r)
+        to_key, to_value = expand.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        self.to_key, self.to_value = to_key, to_value.mT  # (H, n, r), (H, r, v)
+        self.output = own.o_proj.weight, own.o_proj.bias
+        if config.q_lora_rank is None:
+            self.low_query, self.to_query = None, own.q_proj.weight
+        else:
+            self.low_query, self.to_query = (own.q_a_proj.weight, own.q_a_proj.bias), own.q_b_proj.weight
+            self.query_norm = normalizer(own.q_a_layernorm, batch)
+
+    def __call__(self, x: Tensor, turn: Tensor, cache: Cache) -> Tensor:
+        """x: (B, D) -> (B, D)."""
+        place, seen = cache.next(self.layer)  # (B, r + p), (B, L, r + p)
+        latent, key = F.linear(x, *self.compress).split_with_sizes(self.entry_parts, -1)
+        torch.cat((self.latent_norm(latent), turned(key, turn)), -1, out=place)
+        scores = torch.bmm(self.query(x, turn), seen.mT)  # (B, H, L)
+        weights = (scores * self.scale).softmax(-1, torch.float32)
+        if x.dtype != torch.float32:
+            weights = weights.to(x.dtype)
+        attended = torch.bmm(weights, seen.narrow(-1, 0, self.entry_parts[0]))  # (B, H, r)
+        values = torch.bmm(attended.transpose(0, 1), self.to_value)  # (H, B, v)
+        return F.linear(values.transpose(0, 1).flatten(1), *self.output)
+
+    def query(self, x: Tensor, turn: Tensor) -> Tensor:
+        """As it meets what is cached. (B, D) -> (B, H, r + p)."""
+        if self.low_query is not None:
+            x = self.query_norm(F.linear(x, *self.low_query))
+        heads = F.linear(x, self.to_query).view(len(x), self.heads, -1)  # (B, H, n + p)
+        nope, rope = heads.split_with_sizes(self.query_parts, -1)
+        latent = torch.bmm(nope.transpose(0, 1), self.to_key).transpose(0, 1)  # (B, H, r)
+        return torch.cat((latent, turned(rope, turn)), -1)
+
+
+class DecodedGrouped:
+    """Grouped-query attention."""
+
+    def __init__(self, own: GroupedQueryAttention, layer: int, batch: int) -> None:
+        config = own.config
+        self.layer, self.scale, self.norm = layer, own.scale, config.qk_norm
+        self.groups, self.width = config.key_value_heads, config.query_head_dim
+        self.projections = [(one.weight, one.bias) for one in (own.q_proj, own.k_proj, own.v_proj)]
+        self.output = own.o_proj.weight, own.o_proj.bias
+        if self.norm != "none":
+            per_head = self.norm == "head"
+            self.query_norm = normalizer(own.q_norm, batch * config.num_attention_heads if per_head else batch)
+            self.key_norm = normalizer(own.k_norm, batch * self.groups if per_head else batch)
+
+    def __call__(self, x: Tensor, turn: Tensor, cache: Cache) -> Tensor:
+        """x: (B, D) -> (B, D)."""
+        place, seen = cache.next(self.layer)  # (B, 2 G d), (B, L, 2 G d)
+        query, key, value = (F.linear(x, *projection) for projection in self.projections)
+        if self.norm == "projection":
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = (part.view(len(x), -1, self.width) for part in (query, key))  # (B, H, d), (B, G, d)
+        if self.norm == "head":
+            query, key = self.query_norm(query), self.key_norm(key)
+        torch.cat((turned(key, turn).flatten(1), value), -1, out=place)
+        keys, values = seen.unflatten(-1, (2, self.groups, self.width)).permute(2, 0, 3, 1, 4)  # (B, G, L, d) each
+        query = turned(query, turn).unflatten(1, (self.groups, -1))  # (B, G, H/G, d): as if these were positions
+        attended = F.scaled_dot_product_attention(query, keys, values, scale=self.scale)
+        return F.linear(attended.flatten(1), *self.output)
+
+
+def dense(mlp: MLP) -> Layer:
+    gate_up_proj, down_proj = mlp.gate_up_proj.weight, mlp.down_proj.weight
+    return lambda x: F.linear(swiglu(F.linear(x, gate_up_proj)), down_proj)
+
+
+class DecodedMoE:
+    def __init__(self, own: MoE) -> None:
+        self.config, self.router, self.top_k = own.config, own.router, own.config.num_experts_per_tok
+        self.centroids, self.bias = own.router.weight.float(), own.router.expert_bias
+        self.stacks = own.gate_up_proj, own.down_proj
+        self.gate_up_proj, self.down_proj = own.gate_up_proj.unbind(0), own.down_proj.mT.unbind(0)
+        self.shared = torch.zeros_like if own.shared_experts is None else dense(own.shared_experts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: (B, D) -> (B, D)."""
+        logits = F.linear(x.float(), self.centroids)  # (B, E)
+        scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
+        chosen = self.router.select(scores + self.bias)
+        gates, out = scores.gather(-1, chosen), self.shared(x)
+        if x.device.type == "cpu" and self.config.expert_backend == "auto":
+            return self.one(x, chosen, gates, out) if len(x) == 1 else self.few(x, chosen, self.weighed(gates), out)
+        backend = choose_backend(self.config, x.device.type, x.dtype, len(x))[0]
+        return out + BACKENDS[backend](x, chosen, self.weighed(gates).to(x.dtype), *self.stacks)
+
+    def weighed(self, gates: Tensor) -> Tensor:
+        if self.config.norm_topk_prob:
+            gates = gates / (gates.sum(-1, keepdim=True) + TINY)
+        return gates * self.config.routed_scaling_factor
+
+    def one(self, x: Tensor, chosen: Tensor, gates: Tensor, out: Tensor) -> Tensor:
+        """Added to out, a token alone's experts, one after the other."""
+        shares = gates.tolist()[0]
+        factor = self.config.routed_scaling_factor / ((sum(shares) + TINY) if self.config.norm_topk_prob else 1)
+        for expert, share in zip(chosen.tolist()[0], shares, strict=True):
+            gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, -1)
+            out.addmm_(F.silu(gate).mul_(up), self.down_proj[expert], alpha=share * factor)
+        return out
+
+    def few(self, x: Tensor, chosen: Tensor, gates: Tensor, out: Tensor) -> Tensor:
+        """Added to out, some tokens' experts: the pairs are sorted, and each expert gets its own at once."""
+        experts, order = chosen.flatten().sort()  # (B K,)
+        found, load = (part.tolist() for part in experts.unique_consecutive(return_counts=True))
+        token = order // self.top_k
+        rows = zip(found, x.index_select(0, token).split(load), strict=True)
+        hidden = torch.cat([F.linear(part, self.gate_up_proj[expert]) for expert, part in rows])
+        hidden = swiglu(hidden) * gates.flatten()[order].to(x.dtype).unsqueeze(-1)
+        parts = zip(found, hidden.split(load), strict=True)
+        return out.index_add_(0, token, torch.cat([part @ self.down_proj[expert] for expert, part in parts]))
