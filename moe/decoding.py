@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe.attention import Cache, GroupedQueryAttention, LatentAttention, RMSNorm
 from moe.config import ModelConfig
-from moe.experts import BACKENDS, MLP, MoE, choose_backend, swiglu
+from moe.experts import BACKENDS, MLP, MoE, choose_backend, misfit, swiglu
 from moe.model import Block, Transformer
 from moe.rotary import rotary_table, rotate
 from moe.router import TINY
@@ -62,7 +62,7 @@ def prepare(block: Block, batch: int) -> tuple[Layer, Attention, Layer, Layer]:
     before_attention, before_mlp = (
         normalizer(norm, batch) for norm in (block.input_layernorm, block.post_attention_layernorm)
     )
-    return before_attention, attention, before_mlp, DecodedMoE(mlp) if isinstance(mlp, MoE) else dense(mlp)
+    return before_attention, attention, before_mlp, DecodedMoE(mlp, batch) if isinstance(mlp, MoE) else dense(mlp)
 
 
 class Turns:
@@ -190,45 +190,54 @@ def dense(mlp: MLP) -> Layer:
 
 
 class DecodedMoE:
-    def __init__(self, own: MoE) -> None:
+    def __init__(self, own: MoE, batch: int) -> None:
         self.config, self.router, self.top_k = own.config, own.router, own.config.num_experts_per_tok
         self.centroids, self.bias = own.router.weight.float(), own.router.expert_bias
-        self.stacks = own.gate_up_proj, own.down_proj
-        self.gate_up_proj, self.down_proj = own.gate_up_proj.unbind(0), own.down_proj.mT.unbind(0)
+        self.gate_up_proj, self.down_proj = own.gate_up_proj, own.down_proj
         self.shared = torch.zeros_like if own.shared_experts is None else dense(own.shared_experts)
+        device, dtype = own.down_proj.device.type, own.down_proj.dtype
+        self.backend = choose_backend(own.config, device, dtype, batch)[0]
+        self.add_routed = self.add_by_backend
+        if own.config.expert_backend == "auto" and device == "cpu":
+            if batch == 1:
+                self.add_routed = self.add_one_by_one
+            elif dtype == torch.float32 and not misfit(own.config, dtype):  # see segment_alignment for bfloat16
+                self.add_routed = self.add_sorted
+        if batch == 1:
+            self.ups, self.downs = own.gate_up_proj.unbind(0), own.down_proj.mT.unbind(0)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (B, D) -> (B, D)."""
         logits = F.linear(x.float(), self.centroids)  # (B, E)
         scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
-        chosen = self.router.select(scores + self.bias)
-        gates, out = scores.gather(-1, chosen), self.shared(x)
-        if x.device.type == "cpu" and self.config.expert_backend == "auto":
-            return self.one(x, chosen, gates, out) if len(x) == 1 else self.few(x, chosen, self.weighed(gates), out)
-        backend = choose_backend(self.config, x.device.type, x.dtype, len(x))[0]
-        return out + BACKENDS[backend](x, chosen, self.weighed(gates).to(x.dtype), *self.stacks)
+        chosen = self.router.select(scores + self.bias)  # (B, K)
+        return self.add_routed(self.shared(x), x, chosen, scores.gather(-1, chosen))
+
+    def add_one_by_one(self, out: Tensor, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """A token alone: its experts one after the other."""
+        shares = gates.tolist()[0]
+        factor = self.config.routed_scaling_factor / ((sum(shares) + TINY) if self.config.norm_topk_prob else 1)
+        for expert, share in zip(chosen.tolist()[0], shares, strict=True):
+            gate, up = F.linear(x, self.ups[expert]).chunk(2, -1)
+            out.addmm_(F.silu(gate).mul_(up), self.downs[expert], alpha=share * factor)
+        return out
+
+    def add_sorted(self, out: Tensor, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """The pairs of token and expert sorted by expert, and one product for all: `grouped` without what only training
+        needs."""
+        experts = chosen.flatten()  # (B K,)
+        order = experts.argsort()
+        ends = experts.bincount(minlength=self.config.n_routed_experts).cumsum(0, dtype=torch.int32)  # (E,)
+        token = order // self.top_k
+        hidden = swiglu(F.grouped_mm(x.index_select(0, token), self.gate_up_proj.mT, offs=ends))
+        hidden *= self.weighed(gates).view(-1, 1).index_select(0, order)
+        return out.index_add_(0, token, F.grouped_mm(hidden, self.down_proj.mT, offs=ends))
+
+    def add_by_backend(self, out: Tensor, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        experts = BACKENDS[self.backend]
+        return out + experts(x, chosen, self.weighed(gates).to(x.dtype), self.gate_up_proj, self.down_proj)
 
     def weighed(self, gates: Tensor) -> Tensor:
         if self.config.norm_topk_prob:
             gates = gates / (gates.sum(-1, keepdim=True) + TINY)
         return gates * self.config.routed_scaling_factor
-
-    def one(self, x: Tensor, chosen: Tensor, gates: Tensor, out: Tensor) -> Tensor:
-        """Added to out, a token alone's experts, one after the other."""
-        shares = gates.tolist()[0]
-        factor = self.config.routed_scaling_factor / ((sum(shares) + TINY) if self.config.norm_topk_prob else 1)
-        for expert, share in zip(chosen.tolist()[0], shares, strict=True):
-            gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, -1)
-            out.addmm_(F.silu(gate).mul_(up), self.down_proj[expert], alpha=share * factor)
-        return out
-
-    def few(self, x: Tensor, chosen: Tensor, gates: Tensor, out: Tensor) -> Tensor:
-        """Added to out, some tokens' experts: the pairs are sorted, and each expert gets its own at once."""
-        experts, order = chosen.flatten().sort()  # (B K,)
-        found, load = (part.tolist() for part in experts.unique_consecutive(return_counts=True))
-        token = order // self.top_k
-        rows = zip(found, x.index_select(0, token).split(load), strict=True)
-        hidden = torch.cat([F.linear(part, self.gate_up_proj[expert]) for expert, part in rows])
-        hidden = swiglu(hidden) * gates.flatten()[order].to(x.dtype).unsqueeze(-1)
-        parts = zip(found, hidden.split(load), strict=True)
-        return out.index_add_(0, token, torch.cat([part @ self.down_proj[expert] for expert, part in parts]))
