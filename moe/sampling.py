@@ -58,7 +58,7 @@ def decode(
 
     vocab_size: ids from here on only pad the embedding and are never drawn. When the context is full, the newest half
     of it is kept and read again; on_overflow is told so, once. Without a cache everything is computed afresh for
-    every token: the slow reference.
+    every token by the model's own forward: the slow reference.
     """
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise SamplingError(f"tokens must have the shape (B, S), with S at least 1, but are {tuple(tokens.shape)}")
@@ -71,7 +71,7 @@ def decode(
             if on_overflow and not told:
                 on_overflow(f"the text is longer than the context of {context} tokens: going on from the newest {half}")
             pieces, length, step, told = [torch.cat(pieces, dim=1)[:, -half:]], half, None, True
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(weight.device.type, enabled=False):
             if step is not None:
                 last = step(pieces[-1].squeeze(1))  # (B, D)
             else:

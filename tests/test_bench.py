@@ -163,6 +163,16 @@ def test_both_write_the_same_tokens_from_the_same_weights(tmp_path):
     assert all(len(bench_decode.cells(row)) == 8 for row in rows)
 
 
+def test_texts_keep_within_a_runs_context(debug_run, tmp_path):
+    assert Text(1, 64, 128).within(1024) == Text(1, 64, 128)
+    assert Text(1, 512, 1).within(256) == Text(1, 255, 1)
+    assert Text(16, 64, 128).within(64) == Text(16, 32, 32)
+    theirs = bench_decode.open_in_transformers(bench_decode.export(debug_run, tmp_path / "export"))
+    ours = bench_decode.load(debug_run, device="cpu").model
+    (row,) = bench_decode.measure(ours, theirs, [Text(2, 64, 128).within(64)], rounds=1)
+    assert row.further["same_tokens"]
+
+
 def test_without_transformers_one_line_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setattr(bench_decode.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["moe.lab", "bench", "decode"])

@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,10 @@ class Text:
     prompt: int
     new_tokens: int
 
+    def within(self, context: int) -> "Text":
+        new = min(self.new_tokens, max(context // 2, 1))
+        return Text(self.sequences, max(min(self.prompt, context - new), 1), new)
+
 
 TEXTS = (Text(1, 64, 128), Text(16, 64, 128), Text(1, 512, 1))
 
@@ -81,7 +85,8 @@ class DecodeBench:
             theirs = open_in_transformers(export(run, folder / "export"))
             ours = load(run, device="cpu").model
             further = {"transformers": importlib.metadata.version("transformers")}
-            rows = measure(ours, theirs, TEXTS, self.rounds)
+            texts = [text.within(ours.config.max_position_embeddings) for text in TEXTS]
+            rows = measure(ours, theirs, texts, self.rounds)
             present(rows, cells, "cpu", self.json, lambda rows: [memory_line(ours)], further)
 
 
@@ -124,7 +129,7 @@ def open_in_transformers(folder: Path) -> Any:
     return model
 
 
-def measure(ours: Transformer, theirs: Any, texts: tuple[Text, ...], rounds: int) -> Iterator[Row]:
+def measure(ours: Transformer, theirs: Any, texts: Sequence[Text], rounds: int) -> Iterator[Row]:
     """ratio: how many times faster this project is."""
     bandwidth = copy_bandwidth(sum(tensor.nbytes for tensor in tensors_of(ours).values()), "cpu")
     for text in texts:
