@@ -112,14 +112,15 @@ def test_weights_are_looked_at_not_copied():
 
 
 class Count(TorchDispatchMode):
-    """How many operations reach the device's kernels, views included."""
+    """How many operations reach the device's kernels, views included, and on how many threads."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = 0
+        self.operations, self.threads = 0, set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.operations += 1
+        self.threads.add(torch.get_num_threads())
         return function(*args, **(kwargs or {}))
 
 
@@ -135,3 +136,24 @@ def test_a_token_takes_a_third_of_the_operations_of_the_models_forward():
     with Count() as forward:
         model.hidden_states(tokens[:, 8:], cache)
     assert 3 * decoder.operations < forward.operations
+
+
+@pytest.mark.parametrize(("sequences", "threads"), [(1, 1), (2, 3)])
+@torch.no_grad()
+def test_a_token_alone_is_written_on_one_thread_and_the_others_come_back(sequences, threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        model, tokens = build().eval(), torch.randint(64, (sequences, 8))
+        cache = Cache(model.config, sequences, 16, tokens.device, torch.float32)
+        model.hidden_states(tokens, cache)
+        step, new = Decoder(model, cache), tokens[:, 0]
+        with Count() as seen:
+            step(new)
+        assert seen.threads == {threads}
+        assert torch.get_num_threads() == 3
+        with pytest.raises(IndexError):
+            step(new + 1000)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
