@@ -53,6 +53,13 @@ class Cache:
         self.entries[layer][:, self.length : end] = entries
         return self.entries[layer][:, :end]
 
+    def next(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Where one more position is to be written, (B, width), and with it the whole, (B, L, width)."""
+        if self.length == self.entries[layer].shape[1]:
+            self.grow(layer, self.length + 1)
+        entries = self.entries[layer]
+        return entries.select(1, self.length), entries.narrow(1, 0, self.length + 1)
+
     def grow(self, layer: int, needed: int) -> None:
         full = self.entries[layer]
         batch, length, width = full.shape

@@ -100,9 +100,7 @@ class GroupedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gates: Tensor, gate_up_proj: Tensor, down_proj: Tensor, chosen: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gates: Tensor, gate_up_proj: Tensor, down_proj: Tensor, chosen: Tensor) -> Tensor:
         token, place, ends = sort_by_expert(chosen, len(gate_up_proj), segment_alignment(x))
         weights = gates.new_zeros(len(token)).scatter_(0, place.flatten(), gates.flatten()).unsqueeze(-1)  # (P, 1)
         rows = x.index_select(0, token)  # (P, D)

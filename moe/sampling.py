@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe.attention import Cache
 from moe.config import MoeError, SampleConfig
+from moe.decoding import Decoder
 from moe.model import Transformer
 
 if TYPE_CHECKING:
@@ -57,25 +58,30 @@ def decode(
 
     vocab_size: ids from here on only pad the embedding and are never drawn. When the context is full, the newest half
     of it is kept and read again; on_overflow is told so, once. Without a cache everything is computed afresh for
-    every token: the slow reference.
+    every token by the model's own forward: the slow reference.
     """
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise SamplingError(f"tokens must have the shape (B, S), with S at least 1, but are {tuple(tokens.shape)}")
     context, weight = model.config.max_position_embeddings, model.embed_tokens.weight
     half = (context + 1) // 2
-    window, cache, told = tokens, None, False
+    pieces, length, told = [tokens], tokens.shape[1], False  # the text, and how long it is
+    step: Decoder | None = None
     while True:
-        if window.shape[1] > context:
+        if length > context:
             if on_overflow and not told:
                 on_overflow(f"the text is longer than the context of {context} tokens: going on from the newest {half}")
-            window, cache, told = window[:, -half:], None, True
-        with torch.inference_mode():
-            fresh = window if cache is None else window[:, -1:]
-            if cache is None and use_cache:
-                cache = Cache(model.config, len(window), window.shape[1], weight.device, weight.dtype)
-            last = model.hidden_states(fresh, cache)[0][:, -1]  # (B, D): a prompt's other logits are never made
+            pieces, length, step, told = [torch.cat(pieces, dim=1)[:, -half:]], half, None, True
+        with torch.inference_mode(), torch.autocast(weight.device.type, enabled=False):
+            if step is not None:
+                last = step(pieces[-1].squeeze(1))  # (B, D)
+            else:
+                window = torch.cat(pieces, dim=1)
+                cache = Cache(model.config, len(window), length, weight.device, weight.dtype) if use_cache else None
+                last = model.hidden_states(window, cache)[0][:, -1]  # a prompt's other logits are never made
+                step = Decoder(model, cache) if cache is not None else None
             new = draw(model.lm_head(last).float()[:, :vocab_size], config, generator)
-        window = torch.cat((window, new[:, None]), dim=1)
+        pieces.append(new[:, None])
+        length += 1
         yield new
 
 

@@ -74,6 +74,13 @@ def test_in_bfloat16_a_model_writes_and_its_logits_stay_near(attention, backend)
         assert model(written[:, -32:]).isfinite().all()
 
 
+def test_it_is_written_in_the_models_dtype_whatever_autocast_is_about():
+    model, tokens = build().eval(), torch.randint(64, (2, 10))
+    wanted = moe.generate(model, tokens, 20, temperature=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert moe.generate(model, tokens, 20, temperature=0.0).equal(wanted)
+
+
 def test_greedy_decoding_is_the_argmax_of_the_plain_forward():
     model = build().eval()
     out = moe.generate(model, torch.tensor([[1, 2, 3]]), 20, temperature=0.0)

@@ -1,1 +1,1 @@
-"""Looking and measuring: prices of text, pictures of a run."""
+"""Looking and measuring: prices of text, pictures of a run, benchmarks, studies."""

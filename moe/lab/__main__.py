@@ -1,9 +1,17 @@
-"""`python -m moe.lab score RUN FILE`: what a text costs under a model.
-`python -m moe.lab study NAME`: an experiment with several seeds."""
+"""Looking and measuring.
+
+python -m moe.lab score out/tiny text.txt   what a text costs under a model
+python -m moe.lab bench layer               a mixture of experts against a dense layer
+python -m moe.lab bench step                a training step of one preset against another's
+python -m moe.lab bench decode              writing, against transformers
+python -m moe.lab study                     the experiments there are; with a NAME, one of them
+"""
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -11,11 +19,20 @@ import moe
 from moe.command import run_commands
 from moe.device import Dtype
 from moe.lab import study
+from moe.lab.bench_decode import DecodeBench
+from moe.lab.bench_layer import LayerBench
+from moe.lab.bench_step import StepBench
 from moe.lab.score import Windows, score
 from moe.lab.study_plots import draw_study
 from moe.lab.study_runs import run_study
 from moe.lab.study_summary import summarize
 from moe.lab.study_training import train
+
+Bench = (
+    Annotated[LayerBench, tyro.conf.subcommand("layer")]
+    | Annotated[StepBench, tyro.conf.subcommand("step")]
+    | Annotated[DecodeBench, tyro.conf.subcommand("decode")]
+)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -91,12 +108,18 @@ def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def bench_command(bench: Annotated[Bench, tyro.conf.arg(name="")]) -> None:
+    """Measure against something else, alternately, and print a table."""
+    bench.main()
+
+
 def as_json(result: object) -> str:
     return json.dumps(result)
 
 
 def main() -> int:
-    return run_commands("python -m moe.lab", {"score": score_command, "study": study_command})
+    commands: dict[str, Callable[..., None]] = {"score": score_command, "bench": bench_command, "study": study_command}
+    return run_commands("python -m moe.lab", commands, __doc__)
 
 
 if __name__ == "__main__":

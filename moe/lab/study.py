@@ -4,12 +4,13 @@ Read studies.py for what there is to ask, study_training.py and study_runs.py fo
 study_summary.py for what is made of them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moe.cost import readable
+from moe.lab.bench import line
 from moe.lab.studies import Budget, Study, StudyError, studies
 from moe.lab.study_runs import RESULTS, Results, read_results
 from moe.lab.study_summary import CLEAR, FEWEST
@@ -81,10 +82,6 @@ def table(summary: Summary) -> str:
         columns["dead"] = lambda arm: f"{arm['dead_experts']:.1f}" if "dead_experts" in arm else ""
     rows = [line(columns), line(["---"] * len(columns))]
     return "\n".join(rows + [line(cell(arm) for cell in columns.values()) for arm in arms])
-
-
-def line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def notes(summary: Summary) -> list[str]:

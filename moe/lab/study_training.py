@@ -1,6 +1,5 @@
 """One training of a study: train.py in a process of its own, and what is kept of it."""
 
-import platform
 import re
 import shutil
 import signal
@@ -134,19 +133,8 @@ def read_outcome(run: RunFolder, budget: Budget) -> Outcome | None:
         "flops": [float(f"{record['tokens'] * size.training_flops:.4g}") for record in seen],
         "val_bits_per_byte": [rounded(record["val_bits_per_byte"]) for record in seen],
     }
-    machine = f"{processor()}, {runtime.threads} threads" if runtime.device == "cpu" else hardware(runtime.device)
-    return Outcome(data, f"{machine}, {runtime.dtype}", finals, curve)
+    return Outcome(data, f"{hardware(runtime.device)}, {runtime.dtype}", finals, curve)
 
 
 def rounded(number: float | None) -> Any:
     return number if number is None else round(number, 5)
-
-
-def processor() -> str:
-    """The CPU's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())

@@ -1,0 +1,158 @@
+"""A whole training step of one preset against another's: forward, backward, clipping, optimizer, balance, average.
+
+The steps are those of train.py, on random tokens; what lies between them there (reading text, logs, evaluation) is left
+out. Utilisation is of the operations that the active parameters and attention take, over the device's peak: NVIDIA's
+figure where it is known, otherwise what one large product reaches here.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from moe.config import RunConfig
+from moe.cost import count
+from moe.device import Runtime, resolve, reuse_memory, working_losses
+from moe.lab.bench import BenchError, Row, alternate, medians, present, ratio
+from moe.model import Losses, Transformer
+from moe.optim import Average, Optimizers, mtp_weight
+from moe.presets import presets
+
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16, dense
+PROGRESS = 0.2  # the part of the training that is over: past warm-up, before decay
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """A training step of one preset against another's."""
+
+    preset: str = "tiny"
+    against: str = "dense"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    rounds: int = 15
+    json: bool = False  # print one JSON object
+
+    def main(self) -> None:
+        known = presets()
+        if missing := [name for name in (self.preset, self.against) if name not in known]:
+            raise BenchError(f"preset {missing[0]} is not known: there are {', '.join(known)}")
+        configs = [self.configured(known[name]) for name in (self.preset, self.against)]
+        device = resolve(configs[0])[0].device
+        if device == "cpu":
+            reuse_memory()
+        present(measure(configs, self.rounds), cells, device, self.json)
+
+    def configured(self, preset: RunConfig) -> RunConfig:
+        return replace(preset, model=preset.sized_model, device=self.device, dtype=self.dtype, compile=self.compile)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What a step needs."""
+
+    config: RunConfig
+    runtime: Runtime
+    step: Callable[[], Losses]
+    memory: int  # the most bytes of a GPU that it took
+
+    @property
+    def flops(self) -> int:
+        """For a token."""
+        return count(self.config.model, self.config.train.sequence_length).training_flops
+
+
+def measure(configs: list[RunConfig], rounds: int) -> Iterator[Row]:
+    first, second = (config.preset for config in configs)
+    if first == second:
+        raise BenchError(f"--preset and --against are both {first}: name two presets")
+    trainers = {config.preset: build(config) for config in configs}
+    runtime = trainers[first].runtime
+    times = alternate({name: trainer.step for name, trainer in trainers.items()}, rounds, 120.0, runtime.device)
+    took, peak = medians(times), peak_flops(runtime)
+    speeds = {name: trainer.config.train.tokens_per_step / took[name] for name, trainer in trainers.items()}
+    figures: dict[str, Any] = {
+        "tokens_per_second": speeds,
+        "flop_utilisation": {name: speeds[name] * trainer.flops / peak for name, trainer in trainers.items()},
+        "peak_flops": peak,
+    }
+    if runtime.device == "cuda":
+        figures["peak_bytes"] = {name: trainer.memory for name, trainer in trainers.items()}
+    shape = {
+        "preset": first,
+        "against": second,
+        "tokens_per_step": trainers[first].config.train.tokens_per_step,
+        "dtype": runtime.dtype,
+        "compiled": runtime.compile,
+    }
+    yield Row(shape, took, ratio(times, first, second), figures)
+
+
+def build(config: RunConfig) -> Trainer:
+    """A preset's step as train.py makes it, run once."""
+    runtime = resolve(config)[0]
+    before = 0
+    if runtime.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(config.seed)
+    model = Transformer(config.model).to(runtime.device)
+    optimizers = Optimizers(model, config.optim, runtime.torch_dtype)
+    average = Average(model, config.optim.ema_decay)
+    losses_of, runtime = working_losses(model, config, runtime, False, lambda message: None)
+    shape = (runtime.micro_batch_size, config.train.sequence_length + 1)
+    batches = [
+        torch.randint(config.model.vocab_size, shape, device=runtime.device)
+        for _ in range(config.train.sequences_per_step // runtime.micro_batch_size)
+    ]
+    weight = torch.tensor(mtp_weight(PROGRESS, config.optim), device=runtime.device)
+    model.train()
+
+    def step() -> Losses:
+        parts = []
+        for tokens in batches:
+            with runtime.autocast():
+                losses = losses_of(tokens[:, :-1], tokens[:, 1:], None, weight)
+            (losses.objective / len(batches)).backward()
+            parts.append(losses)
+        losses = Losses.mean(parts)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf).item()
+        losses.loss.item()
+        optimizers.step(PROGRESS)
+        optimizers.zero_grad()
+        if losses.routing is not None:
+            model.update_expert_bias(losses.routing.load)
+        average.update(1000)
+        return losses
+
+    step()
+    memory = torch.cuda.max_memory_allocated() - before if runtime.device == "cuda" else 0
+    return Trainer(config, runtime, step, memory)
+
+
+def peak_flops(runtime: Runtime) -> float:
+    """Operations a second at most: a known GPU's in bfloat16, or what one product of two large matrices reaches."""
+    if runtime.device == "cuda" and runtime.dtype == "bfloat16":
+        known = [peak for name, peak in PEAKS.items() if name in torch.cuda.get_device_name()]
+        if known:
+            return known[0]
+    side = 8192 if runtime.device == "cuda" else 2048
+    a = torch.randn(side, side, device=runtime.device, dtype=runtime.torch_dtype)
+    times = alternate({"product": lambda: a @ a}, 10, 10.0, runtime.device)["product"]
+    return 2 * side**3 / min(times)
+
+
+def cells(row: Row) -> dict[str, str]:
+    def each(values: dict[str, float], form: str, scale: float = 1.0) -> str:
+        return " / ".join(format(value * scale, form) for value in values.values())
+
+    columns = {"preset": " / ".join(row.medians), "dtype": row.shape["dtype"] + ", compiled" * row.shape["compiled"]}
+    columns["step, ms"] = each(row.medians, ",.0f", 1e3)
+    columns["tokens a second"] = each(row.further["tokens_per_second"], ",.0f")
+    columns["FLOP utilisation"] = each(row.further["flop_utilisation"], ".1%")
+    if "peak_bytes" in row.further:
+        columns["memory, GB"] = each(row.further["peak_bytes"], ".1f", 1e-9)
+    return columns | {"ratio": f"{row.ratio:.2f}"}
