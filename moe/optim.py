@@ -66,16 +66,16 @@ class Muon(torch.optim.Optimizer):
                 self._update(weights, group)
 
     def _update(self, weights: list[Tensor], group: dict[str, Any]) -> None:
-        momentum, steps = group["momentum"], []
-        for weight in weights:
+        momentum = group["momentum"]
+        stack = weights[0].new_empty(len(weights), *weights[0].shape, dtype=self.dtype)
+        for place, weight in zip(stack, weights, strict=True):
             assert weight.grad is not None
             state = self.state[weight]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(weight)
             buffer = state["momentum"]
             buffer.lerp_(weight.grad, 1 - momentum)
-            steps.append(torch.lerp(weight.grad, buffer, momentum))  # Nesterov's look ahead
-        stack = torch.stack(steps).to(self.dtype)
+            place.copy_(torch.lerp(weight.grad, buffer, momentum))  # Nesterov's look ahead
         rows, columns = stack.shape[-2] // group["fused"], stack.shape[-1]
         update = orthogonalize(stack.reshape(-1, rows, columns)).reshape(stack.shape).to(weights[0].dtype)
         scale = group["lr"] * math.sqrt(max(1.0, rows / columns))

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 from moe.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
+ONCE = OptimConfig(muon_lr=0.02, muon_weight_decay=0.1, adam_lr=0.006)  # for texts that are read once
+
 
 @dataclass(frozen=True)
 class Note:
@@ -69,7 +71,7 @@ def wiki() -> RunConfig:
     train = TrainConfig(
         tokens_per_step=4096, sequence_length=512, eval_interval=500, eval_tokens=1 << 17, save_interval=100
     )
-    return RunConfig(preset="wiki", minutes=60.0, model=model, data=data, train=train)
+    return RunConfig(preset="wiki", minutes=60.0, model=model, data=data, optim=ONCE, train=train)
 
 
 def small() -> RunConfig:
@@ -93,7 +95,7 @@ def small() -> RunConfig:
     train = TrainConfig(
         tokens_per_step=1 << 17, sequence_length=1024, eval_interval=500, eval_tokens=1 << 20, save_interval=1000
     )
-    optim = OptimConfig(adam_lr=0.003)
+    optim = replace(ONCE, adam_lr=0.003)
     return RunConfig(preset="small", steps=20_000, model=model, data=data, optim=optim, train=train)
 
 
@@ -151,4 +153,4 @@ def v3() -> RunConfig:
 def published(name: str, model: ModelConfig) -> RunConfig:
     train = TrainConfig(tokens_per_step=1 << 22, sequence_length=4096)
     data = DataConfig(source="fineweb-edu", tokenizer="gpt2")
-    return RunConfig(preset=name, steps=100_000, model=model, data=data, train=train)
+    return RunConfig(preset=name, steps=100_000, model=model, data=data, optim=ONCE, train=train)

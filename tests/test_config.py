@@ -38,10 +38,10 @@ def test_fields_carry_the_names_of_transformers_configs():
 @pytest.mark.parametrize(
     ("kind", "change", "says"),
     [
-        (ModelConfig, {"num_experts_per_tok": 17}, "n_routed_experts = 16"),
-        (ModelConfig, {"n_group": 3}, "must divide n_routed_experts = 16"),
+        (ModelConfig, {"num_experts_per_tok": 17}, "n_routed_experts = 8"),
+        (ModelConfig, {"n_group": 3}, "must divide n_routed_experts = 8"),
         (ModelConfig, {"n_group": 4, "topk_group": 5}, "topk_group = 5"),
-        (ModelConfig, {"n_group": 16, "topk_group": 1}, "num_experts_per_tok = 2"),
+        (ModelConfig, {"n_group": 8, "topk_group": 1}, "num_experts_per_tok = 2"),
         (ModelConfig, {"qk_rope_head_dim": 5}, "even"),
         (ModelConfig, GROUPED | {"head_dim": 5}, "head_dim = 5 must be even"),
         (ModelConfig, GROUPED | {"head_dim": 0}, "head_dim = 0"),

@@ -161,7 +161,7 @@ def on_cpu(name: str, **training):
 
 def test_the_micro_batch_is_what_fits_the_memory(monkeypatch):
     tiny = on_cpu("tiny")
-    assert resolve(tiny)[0].micro_batch_size == 8
+    assert resolve(tiny)[0].micro_batch_size == 16
     for fits in (1, 2, 4):
         memory = count(tiny.sized_model).training_bytes + 4 * 1.4 * activation_bytes(tiny.sized_model, fits, 256)
         monkeypatch.setattr("moe.device.machine_bytes", lambda device, memory=memory: memory)

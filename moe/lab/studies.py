@@ -138,7 +138,8 @@ def experts_of(experts: int, chosen: int, width: int) -> Arm:
 
 def studies() -> dict[str, Study]:
     no_bias, no_loss = {"model.bias_update_speed": 0.0}, {"model.balance_loss": "none"}
-    adam_rates = tuple({"optim.adam_lr": rate} for rate in (0.003, 0.006, 0.012))
+    tiny = presets()["tiny"]
+    adam_rates = tuple({"optim.adam_lr": times * tiny.optim.adam_lr} for times in (0.5, 1.0, 2.0))
     adamw = {"optim.matrix_optimizer": "adamw", "optim.adam_weight_decay": 0.1}
     adamw_rates = tuple({"optim.adam_lr": rate} for rate in (0.0015, 0.003, 0.006))
     return {
@@ -147,7 +148,12 @@ def studies() -> dict[str, Study]:
             "Is a shared expert better than one more routed expert that every token may choose?",
             Arm("1 shared", {}),
             Arm(
-                "0 shared", {"model.n_shared_experts": 0, "model.n_routed_experts": 17, "model.num_experts_per_tok": 3}
+                "0 shared",
+                {
+                    "model.n_shared_experts": 0,
+                    "model.n_routed_experts": tiny.model.n_routed_experts + 1,
+                    "model.num_experts_per_tok": tiny.model.num_experts_per_tok + 1,
+                },
             ),
         ),
         "balance": one_thing(
@@ -192,6 +198,6 @@ def studies() -> dict[str, Study]:
             "What does preset tiny reach, and how much does that move with the seed?",
             (Arm("tiny", {}),),
             common=TINY,
-            budget=Budget(steps=presets()["tiny"].steps),
+            budget=Budget(steps=tiny.steps),
         ),
     }
