@@ -45,7 +45,7 @@ from moe.lab.score import check_length, evaluate
 from moe.metrics import CollapseAlarm, Display, Eta, MetricsLog, Wandb, clock, load_record, routing_record
 from moe.model import Losses, Transformer
 from moe.optim import Average, Optimizers, mtp_weight
-from moe.presets import NOTES, presets
+from moe.presets import NOTES, ONCE, presets
 from moe.tokenizer import Tokenizer
 
 WHAT_A_STEP_IS = {f"train.{name}" for name in ("tokens_per_step", "sequence_length", "short_until", "short_parts")}
@@ -107,10 +107,12 @@ def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
 
 
 def starting_from(model: ModelConfig, base: RunConfig) -> RunConfig:
-    """The preset with another model, its windows no longer than that one's context."""
+    """The preset with another model, its windows whole and no longer than that one's context, its decay that of a text
+    read once: what has been learnt should stay."""
     train, window = base.train, min(base.train.sequence_length, model.max_position_embeddings)
     whole = max(train.tokens_per_step // window, 1) * window
-    return replace(base, model=model, train=replace(train, sequence_length=window, tokens_per_step=whole))
+    train = replace(train, sequence_length=window, tokens_per_step=whole, short_until=0.0)
+    return replace(base, model=model, train=train, optim=replace(base.optim, muon_weight_decay=ONCE.muon_weight_decay))
 
 
 def default_folder(preset: str, new: bool) -> RunFolder:
@@ -299,8 +301,8 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     model.train()
 
     # -- the loop ------------------------------------------------------------------------------------------------------
+    began = time.perf_counter()
     while True:
-        began = time.perf_counter()
         parts, weight = config.train.parts(state.progress(config)), mtp_weight(state.progress(config), config.optim)
         step_batches = [batches.next(runtime.device, parts) for _ in range(micro_batches)]
         losses = accumulate(losses_of, step_batches, runtime, model, weight)
@@ -318,7 +320,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
             model.update_expert_bias(losses.routing.load)
             load = losses.routing.load.cpu()
         average.update(state.step)
-        took = time.perf_counter() - began
+        took, began = time.perf_counter() - began, time.perf_counter()
         state = replace(
             state, step=state.step + 1, tokens=state.tokens + config.train.tokens_per_step, seconds=state.seconds + took
         )
@@ -342,6 +344,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
                 if done and len(test):
                     record |= evaluate(model, test, window, runtime.autocast)[0].record("test")
             record |= score.record() | {f"val_{name}": value for name, value in load_record(val_load).items()}
+            began = time.perf_counter()  # the training clock counts all but evaluation and saving
         log.write(record)
         wandb.log(record)
         display.step(record, state.progress(config), config.train.tokens_per_step / took, eta(state.progress(config)))
@@ -360,6 +363,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
             with average.applied():
                 tensors = chain(optimizers.state(), average.state())
                 checkpoint = folder.save(tensors_of(model), tensors, state, config.train.keep_last)
+            began = time.perf_counter()
         if ending:
             break
     wandb.close()

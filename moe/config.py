@@ -293,10 +293,10 @@ class DataConfig:
 class OptimConfig:
     """Muon for matrices, AdamW for the rest (see optim.py), and how their learning rates move."""
 
-    matrix_optimizer: Literal["muon", "adamw"] = "muon"  # adamw: the matrices too, with adam_lr and adam_weight_decay
+    matrix_optimizer: Literal["muon", "adamw"] = "muon"  # adamw: the matrices too, with adam_lr
     muon_lr: float = 0.026
     muon_momentum: float = 0.95
-    muon_weight_decay: float = 0.3  # for a text that is read several times; for one read once 0.1
+    muon_weight_decay: float = 0.3  # of matrices; for a text that is read several times, for one read once 0.1
     adam_lr: float = 0.012
     router_lr: float = 0.001
     adam_beta1: float = 0.9

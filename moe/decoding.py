@@ -14,7 +14,8 @@ in calls: each operation takes a microsecond or more before it has computed anyt
 * and where its matrices are small, on one thread. Threads that wait for each other at every product gain nothing, and
   lose milliseconds where other programs run: 12 ms a token on two busy cores became 2.4.
 
-Weights are looked at, never copied (but for a router that is not float32), so nothing has to be kept in step.
+Weights are looked at, never copied (but for a router's and norms' that are not float32), so nothing has to be kept in
+step.
 """
 
 from collections.abc import Callable
@@ -55,8 +56,8 @@ class Decoder:
         if not self.alone:
             return self.step(tokens)
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         try:
+            torch.set_num_threads(1)
             return self.step(tokens)
         finally:
             torch.set_num_threads(threads)
@@ -244,27 +245,25 @@ class DecodedMoE:
         if own.config.expert_backend == "auto" and device == "cpu":
             if batch == 1:
                 self.add_routed = self.add_one_by_one
+                self.gate_ups, self.downs = ([matrix(one, batch) for one in stack] for stack in self.stacks)
             elif dtype == torch.float32 and not misfit(own.config, dtype):  # see segment_alignment for bfloat16
                 self.add_routed = self.add_sorted
-        if batch == 1:
-            self.gate_ups, self.downs = ([matrix(one, batch) for one in stack] for stack in self.stacks)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (B, D) -> (B, D)."""
         logits = F.linear(x.float(), self.centroids)  # (B, E)
-        scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
-        chosen = self.router.select(scores + self.bias)  # (B, K)
-        return self.add_routed(self.shared(x), x, chosen, scores.gather(-1, chosen))
+        scores = self.router.affinities(logits)
+        return self.add_routed(self.shared(x), x, self.router.select(scores + self.bias), scores)
 
-    def add_one_by_one(self, out: Tensor, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """A token alone: its experts one after the other."""
-        shares = gates.tolist()[0]
+    def add_one_by_one(self, out: Tensor, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+        """A token alone: its experts one after the other, the gates as Router.gates has them, but as plain numbers."""
+        shares = scores.gather(-1, chosen).tolist()[0]
         factor = self.config.routed_scaling_factor / ((sum(shares) + TINY) if self.config.norm_topk_prob else 1)
         for expert, share in zip(chosen.tolist()[0], shares, strict=True):
             out.add_(self.downs[expert](swiglu(self.gate_ups[expert](x))), alpha=share * factor)
         return out
 
-    def add_sorted(self, out: Tensor, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+    def add_sorted(self, out: Tensor, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
         """The pairs of token and expert sorted by expert, and one product for all: `grouped` without what only training
         needs."""
         experts = chosen.flatten()  # (B K,)
@@ -272,14 +271,9 @@ class DecodedMoE:
         ends = experts.bincount(minlength=self.config.n_routed_experts).cumsum(0, dtype=torch.int32)  # (E,)
         token, (gate_up_proj, down_proj) = order // self.top_k, self.stacks
         hidden = swiglu(F.grouped_mm(x.index_select(0, token), gate_up_proj.mT, offs=ends))
-        hidden *= self.weighed(gates).view(-1, 1).index_select(0, order)
+        hidden *= self.router.gates(scores, chosen).view(-1, 1).index_select(0, order)
         return out.index_add_(0, token, F.grouped_mm(hidden, down_proj.mT, offs=ends))
 
-    def add_by_backend(self, out: Tensor, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+    def add_by_backend(self, out: Tensor, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
         experts = BACKENDS[self.backend]
-        return out + experts(x, chosen, self.weighed(gates).to(x.dtype), *self.stacks)
-
-    def weighed(self, gates: Tensor) -> Tensor:
-        if self.config.norm_topk_prob:
-            gates = gates / (gates.sum(-1, keepdim=True) + TINY)
-        return gates * self.config.routed_scaling_factor
+        return out + experts(x, chosen, self.router.gates(scores, chosen).to(x.dtype), *self.stacks)

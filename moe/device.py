@@ -200,10 +200,11 @@ def working_losses(
 
 
 def try_steps(model: Transformer, losses_of: LossFunction, config: RunConfig, runtime: Runtime) -> None:
-    """Forward and backward of two micro-batches of the real shape, the second beside the first one's gradients; without
-    a trace, in the random numbers either."""
+    """Forward and backward of micro-batches in each of the shapes that training has, the last one beside the gradients
+    of those before; without a trace, in the random numbers either."""
     shape = (runtime.micro_batch_size, config.train.sequence_length)
-    tokens = torch.zeros(shape, dtype=torch.int64, device=runtime.device)
+    whole = torch.zeros(shape, dtype=torch.int64, device=runtime.device)
+    shapes = {config.train.parts(progress) for progress in (0, 1)}
     weight, load = torch.ones((), device=runtime.device), None
     if needs_global_load(config, runtime):
         load = torch.ones(
@@ -211,7 +212,8 @@ def try_steps(model: Transformer, losses_of: LossFunction, config: RunConfig, ru
         )
     try:
         with torch.random.fork_rng():
-            for _ in range(2):
+            for parts in (*shapes, 1):
+                tokens = whole.view(-1, whole.shape[1] // parts)
                 with runtime.autocast():
                     losses = losses_of(tokens, tokens.clone(), load, weight)
                 losses.objective.backward()

@@ -91,8 +91,9 @@ class Optimizers:
         self.config = config
         self.names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
         groups = sort_parameters(model)
+        by_adam: list[nn.Parameter] = []
         if config.matrix_optimizer == "adamw":
-            groups["embeddings"] += groups["matrices"] + groups["fused"]
+            by_adam = groups["matrices"] + groups["fused"]
             groups["matrices"], groups["fused"] = [], []
         self.muon = Muon(
             [
@@ -106,6 +107,7 @@ class Optimizers:
         self.adam = torch.optim.AdamW(
             [
                 {"params": groups["embeddings"], "peak_lr": config.adam_lr, "weight_decay": config.adam_weight_decay},
+                {"params": by_adam, "peak_lr": config.adam_lr, "weight_decay": config.muon_weight_decay},
                 {"params": groups["norms"], "peak_lr": config.adam_lr},
                 {"params": groups["router"], "peak_lr": config.router_lr},
             ],

@@ -14,8 +14,8 @@ class Note:
 
 
 NOTES = {
-    "tiny": Note("any laptop, 3 to 4 minutes", "1.46 nats per character of the validation split"),
-    "dense": Note("any laptop, 2 minutes", "tiny's twin without routing: 1.48 nats per character"),
+    "tiny": Note("any laptop, 2 to 3 minutes", "1.43 nats per character of the validation split"),
+    "dense": Note("any laptop, 2 minutes", "tiny's twin without routing: 1.43 nats per character"),
     "debug": Note("anything, seconds", "shows that everything works"),
     "wiki": Note("a laptop's CPU, an hour", "1.90 bits per byte of the last 5 MB after 10 minutes on two cores"),
     "small": Note("a GPU of 24 GB or more", "not trained yet"),

@@ -42,7 +42,9 @@ def rotate(x: Tensor, table: Table, interleaved: bool = True) -> Tensor:
     """
     cos, sin = table  # (S, p/2)
     if interleaved and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())  # a third of the time
+        # A third of the time; a copy, since complex numbers cannot begin at an odd place of a larger tensor
+        copy = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        pairs = torch.view_as_complex(copy.unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.float().chunk(2, dim=-1)
     turned = (first * cos - second * sin, first * sin + second * cos)

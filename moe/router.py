@@ -68,12 +68,19 @@ class Router(nn.Module):
         """x: (T, D) of any float dtype. The whole computation is float32: near-ties decide who is chosen."""
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())  # (T, E)
-        scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
+        scores = self.affinities(logits)
         chosen = self.select(scores.detach() + self.expert_bias)  # (T, K)
-        gates = scores.gather(-1, chosen)  # (T, K), from the scores without the bias
+        return Routing(chosen, self.gates(scores, chosen), scores, logits)
+
+    def affinities(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
+
+    def gates(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        """From the scores without the bias. (T, E), (T, K) -> (T, K)."""
+        gates = scores.gather(-1, chosen)
         if self.config.norm_topk_prob:  # at K = 1 this makes every gate 1: train.py warns
             gates = gates / (gates.sum(-1, keepdim=True) + TINY)
-        return Routing(chosen, gates * self.config.routed_scaling_factor, scores, logits)
+        return gates * self.config.routed_scaling_factor
 
     def select(self, biased: Tensor) -> Tensor:
         """The K best experts of each token, of its `topk_group` best groups only. (T, E) -> (T, K)."""

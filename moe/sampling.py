@@ -65,20 +65,22 @@ def decode(
     context, weight = model.config.max_position_embeddings, model.embed_tokens.weight
     half = (context + 1) // 2
     pieces, length, told = [tokens], tokens.shape[1], False  # the text, and how long it is
+    cache: Cache | None = None
     step: Decoder | None = None
     while True:
         if length > context:
             if on_overflow and not told:
                 on_overflow(f"the text is longer than the context of {context} tokens: going on from the newest {half}")
             pieces, length, step, told = [torch.cat(pieces, dim=1)[:, -half:]], half, None, True
+            cache = None
         with torch.inference_mode(), torch.autocast(weight.device.type, enabled=False):
-            if step is not None:
+            if cache is not None:
+                step = step or Decoder(model, cache)
                 last = step(pieces[-1].squeeze(1))  # (B, D)
             else:
                 window = torch.cat(pieces, dim=1)
                 cache = Cache(model.config, len(window), length, weight.device, weight.dtype) if use_cache else None
                 last = model.hidden_states(window, cache)[0][:, -1]  # a prompt's other logits are never made
-                step = Decoder(model, cache) if cache is not None else None
             new = draw(model.lm_head(last).float()[:, :vocab_size], config, generator)
         pieces.append(new[:, None])
         length += 1

@@ -74,11 +74,12 @@ def without_times(path: Path) -> list[dict]:
 
 
 AHEAD = ("--model.num-nextn-predict-layers", "2", "--optim.mtp-final-from", "0.5", "--optim.ema-decay", "0.8")
+SHORT = ("--train.short-until", "0.5", "--train.short-parts", "4")
 GROUPED = ("--model.attention", "grouped", "--train.activation-checkpointing", "--train.eval-tokens", "40")
 
 
 @pytest.mark.parametrize(
-    "features", [(), ("--model.balance-loss", "switch", "--optim.schedule", "cosine"), (*AHEAD, *GROUPED)]
+    "features", [(), ("--model.balance-loss", "switch", "--optim.schedule", "cosine"), (*AHEAD, *GROUPED), SHORT]
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_to_the_last_bit(text, monkeypatch, features, dtype):

@@ -8,7 +8,17 @@ from dataclasses import fields, replace
 import pytest
 from conftest import run_training
 
-from moe.config import ConfigError, DataConfig, ModelConfig, OptimConfig, RopeScaling, RunConfig, from_dict, to_dict
+from moe.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RopeScaling,
+    RunConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
 from moe.device import resolve, resolve_device
 from moe.presets import presets
 
@@ -38,6 +48,8 @@ def test_fields_carry_the_names_of_transformers_configs():
 @pytest.mark.parametrize(
     ("kind", "change", "says"),
     [
+        (TrainConfig, {"short_until": 1.5}, "short_until"),
+        (TrainConfig, {"short_until": 0.5, "short_parts": 3}, "short_parts = 3 must divide"),
         (ModelConfig, {"num_experts_per_tok": 17}, "n_routed_experts = 8"),
         (ModelConfig, {"n_group": 3}, "must divide n_routed_experts = 8"),
         (ModelConfig, {"n_group": 4, "topk_group": 5}, "topk_group = 5"),
@@ -148,3 +160,9 @@ def test_wandb_is_not_even_imported_unless_asked_for(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     assert run_training("--steps", "1", "--quiet") == 0
     assert "wandb" not in sys.modules
+
+
+def test_windows_are_short_up_to_the_part_of_the_training_that_was_asked_for():
+    config = TrainConfig(short_until=0.6, short_parts=4)
+    assert [config.parts(progress) for progress in (0.0, 0.59, 0.6, 1.0)] == [4, 4, 1, 1]
+    assert TrainConfig().parts(0.0) == 1

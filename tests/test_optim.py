@@ -76,7 +76,9 @@ def test_every_parameter_is_in_exactly_one_group(small):
 
 def test_adamw_takes_the_matrices_too_where_asked_and_moves_each_weight_by_its_own_rate():
     model = build()
-    optimizers = Optimizers(model, OptimConfig(matrix_optimizer="adamw", adam_lr=0.01, warmup=0.0))
+    optimizers = Optimizers(
+        model, OptimConfig(matrix_optimizer="adamw", adam_lr=0.01, muon_weight_decay=0.0, warmup=0.0)
+    )
     assert not any(group["params"] for group in optimizers.muon.param_groups)
     handled = {weight for group in optimizers.adam.param_groups for weight in group["params"]}
     assert handled == set(model.parameters())

@@ -107,3 +107,9 @@ def test_the_table_compiles_without_a_graph_break():
     for scaling in (RopeScaling(), YARN, LLAMA):
         compiled, plain = (table(torch.arange(9), 16, 1e4, scaling) for table in (whole, rotary_table))
         assert torch.stack(compiled).equal(torch.stack(plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_key_that_begins_at_an_odd_place_is_rotated_as_well(dtype):
+    entry, table = torch.randn(1, 1, 9, dtype=dtype), rotary_table(torch.tensor([3]), 4, 100.0)
+    assert rotate(entry[..., 5:], table).equal(rotate(entry[..., 5:].clone(), table))

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moe.attention import Cache
+from moe.decoding import Decoder
 from moe.hub.exports import save
 from moe.hub.families import FAMILIES, Family, family_named
 from moe.hub.folder import FP8, SCALE, HubError, dequantise
@@ -195,7 +196,10 @@ def watched(model: nn.Module, routers: Any, run: Any) -> tuple[list[list], Tenso
 def token_by_token(model: Transformer, tokens: Tensor) -> Tensor:
     """The logits of every position, each from the cache of those before it. (B, S) -> (B, S, V)."""
     cache = Cache(model.config, len(tokens), tokens.shape[1], tokens.device, torch.float32)
-    return torch.cat([model(tokens[:, at : at + 1], cache) for at in range(tokens.shape[1])], dim=1)
+    logits = [model(tokens[:, :1], cache)]
+    step = Decoder(model, cache)
+    logits += [model.lm_head(step(tokens[:, at])).unsqueeze(1) for at in range(1, tokens.shape[1])]
+    return torch.cat(logits, dim=1)
 
 
 def gradient_difference(ours: Transformer, theirs: Any, tokens: Tensor, logits: Tensor, wanted: Tensor) -> float:

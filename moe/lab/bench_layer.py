@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from moe.config import ModelConfig
@@ -24,7 +25,7 @@ from moe.lab.bench import Row, alternate, geometric_mean, medians, present, rati
 
 LENGTH = 256  # tokens of a sequence
 PRODUCTS = ("mm", "linear", "gemm", "cutlass", "xmma")  # in the names of operations and kernels
-POINTWISE = ("silu", "mul", "copy", "convert", "elementwise", "fused")
+POINTWISE = ("silu", "mul", "copy", "convert", "elementwise", "fused", "::add", "::cat")
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ def layers(cell: Cell, backend: Any, device: str) -> tuple[MoE, MLP]:
     return MoE(config).to(device), MLP(cell.width, cell.active_width).to(device)
 
 
-def passes(layer: Callable[[Tensor], Tensor], cell: Cell, dtype: str, device: str) -> Callable[[], None]:
-    """Forward and backward, of the input as well."""
+def passes(layer: Callable[[Tensor], Any], cell: Cell, dtype: str, device: str) -> Callable[[], None]:
+    """Forward and backward, of the input as well, and of the balance loss where the layer has one."""
     sequences, length = max(cell.tokens // LENGTH, 1), min(cell.tokens, LENGTH)
     x = torch.randn(sequences, length, cell.width, device=device, requires_grad=True)
     grad = torch.randn_like(x)
@@ -109,7 +110,8 @@ def passes(layer: Callable[[Tensor], Tensor], cell: Cell, dtype: str, device: st
     def both() -> None:
         with autocast(dtype, device):
             y = layer(x)
-        y.backward(grad.to(y.dtype))
+        y, losses = (y[0], [y[1].balance_loss]) if isinstance(y, tuple) else (y, [])
+        torch.autograd.backward([y, *losses], [grad.to(y.dtype), *map(torch.ones_like, losses)])
 
     return both
 
@@ -137,7 +139,7 @@ def compared(cell: Cell, backend: str, dtype: str, device: str, compiled: bool, 
     mixture, dense = layers(cell, backend, device)
     shape = shape_of(cell, backend, dtype, device, compiled, mixture.config)
     ways = {}
-    for name, layer in (("moe", mixture), ("dense", dense)):
+    for name, layer in (("moe", mixture.forward_with_stats), ("dense", dense)):
         ways[name] = passes(torch.compile(layer, dynamic=False) if compiled else layer, cell, dtype, device)
     times = alternate(ways, rounds, device=device)
     counted = cell in CELLS and not compiled
@@ -148,7 +150,8 @@ def profiled(cell: Cell, backend: str, dtype: str, device: str, compiled: bool, 
     """ratio: the part of the mixture's time that is neither a matrix product nor pointwise."""
     mixture = layers(cell, backend, device)[0]
     shape = shape_of(cell, backend, dtype, device, compiled, mixture.config)
-    both = passes(torch.compile(mixture, dynamic=False) if compiled else mixture, cell, dtype, device)
+    layer = mixture.forward_with_stats
+    both = passes(torch.compile(layer, dynamic=False) if compiled else layer, cell, dtype, device)
     for _ in range(2):
         both()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
@@ -158,6 +161,8 @@ def profiled(cell: Cell, backend: str, dtype: str, device: str, compiled: bool, 
         settle(device)
     taken = {"products": 0.0, "pointwise": 0.0, "routing": 0.0}
     for event in seen.key_averages():
+        if device == "cuda" and event.device_type != DeviceType.CUDA:
+            continue  # an operation's time there is that of the kernels it launched, which are events of their own
         spent = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
         taken[kind_of(event.key)] += spent * 1e-6 / min(rounds, 3)
     return Row(shape, taken, taken["routing"] / sum(taken.values()))

@@ -62,13 +62,17 @@ class Trainer:
     @property
     def flops(self) -> int:
         """For a token."""
-        return count(self.config.model, self.config.train.sequence_length).training_flops
+        train = self.config.train
+        return count(self.config.model, train.sequence_length // train.parts(PROGRESS)).training_flops
 
 
 def measure(configs: list[RunConfig], rounds: int) -> Iterator[Row]:
     first, second = (config.preset for config in configs)
     if first == second:
         raise BenchError(f"--preset and --against are both {first}: name two presets")
+    sizes = {config.train.tokens_per_step for config in configs}
+    if len(sizes) > 1:
+        raise BenchError(f"{first} and {second} have steps of {sizes} tokens: their times do not compare")
     trainers = {config.preset: build(config) for config in configs}
     runtime = trainers[first].runtime
     times = alternate({name: trainer.step for name, trainer in trainers.items()}, rounds, 120.0, runtime.device)
@@ -108,6 +112,7 @@ def build(config: RunConfig) -> Trainer:
         torch.randint(config.model.vocab_size, shape, device=runtime.device)
         for _ in range(config.train.sequences_per_step // runtime.micro_batch_size)
     ]
+    window = (-1, config.train.sequence_length // config.train.parts(PROGRESS))
     weight = torch.tensor(mtp_weight(PROGRESS, config.optim), device=runtime.device)
     model.train()
 
@@ -115,7 +120,7 @@ def build(config: RunConfig) -> Trainer:
         parts = []
         for tokens in batches:
             with runtime.autocast():
-                losses = losses_of(tokens[:, :-1], tokens[:, 1:], None, weight)
+                losses = losses_of(tokens[:, :-1].reshape(window), tokens[:, 1:].reshape(window), None, weight)
             (losses.objective / len(batches)).backward()
             parts.append(losses)
         losses = Losses.mean(parts)

@@ -139,9 +139,15 @@ def experts_of(experts: int, chosen: int, width: int) -> Arm:
 def studies() -> dict[str, Study]:
     no_bias, no_loss = {"model.bias_update_speed": 0.0}, {"model.balance_loss": "none"}
     tiny = presets()["tiny"]
-    adam_rates = tuple({"optim.adam_lr": times * tiny.optim.adam_lr} for times in (0.5, 1.0, 2.0))
-    adamw = {"optim.matrix_optimizer": "adamw", "optim.adam_weight_decay": 0.1}
-    adamw_rates = tuple({"optim.adam_lr": rate} for rate in (0.0015, 0.003, 0.006))
+    muon_rates = tuple(
+        {"optim.adam_lr": times * tiny.optim.adam_lr, "optim.muon_weight_decay": decay}
+        for times in (0.5, 1.0)
+        for decay in (0.1, 0.3)
+    )
+    adamw = {"optim.matrix_optimizer": "adamw"}
+    adamw_rates = tuple(  # per step the decay is rate times weight decay: lower rates want more of it
+        {"optim.adam_lr": rate, "optim.muon_weight_decay": decay} for rate in (0.003, 0.006) for decay in (0.3, 2.0)
+    )
     return {
         "moe-vs-dense": moe_vs_dense(),
         "shared": one_thing(
@@ -187,7 +193,7 @@ def studies() -> dict[str, Study]:
         ),
         "optimizer": one_thing(
             "Muon for the matrices, or AdamW for everything?",
-            Arm("muon", {}, adam_rates),
+            Arm("muon", {}, muon_rates),
             Arm("adamw", adamw, adamw_rates),
         ),
         "average": one_thing(
