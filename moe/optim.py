@@ -107,9 +107,9 @@ class Optimizers:
         self.adam = torch.optim.AdamW(
             [
                 {"params": groups["embeddings"], "peak_lr": config.adam_lr, "weight_decay": config.adam_weight_decay},
-                {"params": by_adam, "peak_lr": config.adam_lr, "weight_decay": config.muon_weight_decay},
                 {"params": groups["norms"], "peak_lr": config.adam_lr},
                 {"params": groups["router"], "peak_lr": config.router_lr},
+                {"params": by_adam, "peak_lr": config.adam_lr, "weight_decay": config.muon_weight_decay},
             ],
             lr=0.0,
             betas=(config.adam_beta1, config.adam_beta2),

@@ -48,7 +48,7 @@ def debug() -> RunConfig:
         bias_update_speed=0.02,  # 30 steps of 1e-3 would not move a choice
     )
     train = TrainConfig(tokens_per_step=512, sequence_length=64, eval_interval=15, save_interval=15, log_interval=10)
-    return RunConfig(preset="debug", steps=30, model=model, data=DataConfig(vocab_size=320), train=train)
+    return RunConfig(preset="debug", steps=30, model=model, data=DataConfig(vocab_size=320), optim=ONCE, train=train)
 
 
 def wiki() -> RunConfig:

@@ -238,7 +238,7 @@ def test_a_model_with_a_short_context_is_trained_on_in_windows_that_fit(debug_ru
     seen: list = []
     run_from = ["--init-from", str(debug_run), "--out", str(tmp_path / "more"), "--plain"]
     assert train.main(run_from) == 0  # the preset's windows have 256 tokens, the model's context 64
-    assert (seen[0].train.sequence_length, seen[0].train.tokens_per_step) == (64, 2048)
+    assert (seen[0].train.sequence_length, seen[0].train.tokens_per_step) == (64, 4096)
 
 
 def test_a_folder_of_the_wrong_kind_is_said_to_be_one(exported, tmp_path, capsys):

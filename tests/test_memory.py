@@ -210,7 +210,7 @@ def test_on_a_gpu_the_largest_micro_batch_that_fits_is_found_by_trying(monkeypat
     gpu = PretendedGPU(monkeypatch, sequences=3)
     found, said = gpu.find()
     assert (found.micro_batch_size, found.expert_backend, said) == (2, "grouped", [])
-    assert [micro for micro, _ in gpu.tried] == [8, 4, 2, 2]
+    assert [micro for micro, _ in gpu.tried] == [16, 8, 4, 2, 2]
 
 
 def test_a_resumed_run_keeps_the_micro_batch_it_has(monkeypatch):
