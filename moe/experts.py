@@ -159,7 +159,7 @@ def _(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 def segment_alignment(x: Tensor) -> int:
     """Rows a segment is rounded up to. On a CPU in bfloat16 each new shape of a product costs oneDNN 1-2 ms, thirty
     times the product itself: multiples of 32 leave a few dozen shapes, met in the first steps (a training step of
-    `tiny`: 375 ms without, 190 ms with)."""
+    2,048 tokens with 16 experts a layer: 375 ms without, 190 ms with)."""
     return 32 if x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1
 
 

@@ -20,7 +20,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Dropout(nn.Dropout):
-    """On a CPU a quarter as expensive as torch's, which draws number by number: a byte of chance for each. The share
+    """On a CPU a third as expensive as torch's, which draws number by number: a byte of chance for each. The share
     dropped is a whole number of 256ths there."""
 
     def forward(self, x: Tensor) -> Tensor:

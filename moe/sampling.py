@@ -113,15 +113,17 @@ def generate(
         model, tokens, config, generator=generator, vocab_size=vocab_size, use_cache=use_cache, on_overflow=to_stderr
     )
     out, stopped = [tokens], torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    for _ in range(max_new_tokens):
-        new = next(new_tokens)
-        if stop is not None:
-            new = new.masked_fill(stopped, stop)
-            stopped |= new == stop
-        out.append(new[:, None])
-        if stop is not None and bool(stopped.all()):
-            break
-    model.train(training)
+    try:
+        for _ in range(max_new_tokens):
+            new = next(new_tokens)
+            if stop is not None:
+                new = new.masked_fill(stopped, stop)
+                stopped |= new == stop
+            out.append(new[:, None])
+            if stop is not None and bool(stopped.all()):
+                break
+    finally:
+        model.train(training)
     return torch.cat(out, dim=1)
 
 

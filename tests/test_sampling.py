@@ -163,3 +163,10 @@ def test_text_generation_continues_the_prompt(debug_run):
     assert text.startswith("ROMÉO:")
     assert len(text) > 20
     assert text == moe.generate_text(run, "ROMÉO:", max_new_tokens=30, seed=1)
+
+
+def test_a_generation_that_fails_leaves_the_mode_alone():
+    model = build().train()
+    with pytest.raises(SamplingError):
+        moe.generate(model, torch.zeros(1, 0, dtype=torch.int64), 3)
+    assert model.training
