@@ -9,8 +9,9 @@ in calls: each operation takes a microsecond or more before it has computed anyt
 
 * there is no position axis, no statistics of the routing, no module that calls a module;
 * a rotation is one product with a matrix (p, p), made for some positions ahead and shared by all layers and heads;
-* a token alone takes its experts one after the other;
-* a matrix that meets one vector is read through once before, which sounds like more work and takes a fifth less time;
+* a few tokens take the experts one after the other;
+* a matrix that meets a few vectors is read through once before, which sounds like more work and takes a fifth less
+  time;
 * and where its matrices are small, on one thread. Threads that wait for each other at every product gain nothing, and
   lose milliseconds where other programs run: 12 ms a token on two busy cores became 2.4.
 
@@ -26,15 +27,16 @@ from torch import Tensor, nn
 
 from moe.attention import Cache, GroupedQueryAttention, LatentAttention
 from moe.config import ModelConfig
-from moe.experts import BACKENDS, MLP, MoE, choose_backend, misfit, swiglu
+from moe.experts import BACKENDS, MLP, MoE, choose_backend, swiglu
 from moe.layers import RMSNorm
 from moe.model import Block, Transformer
 from moe.rotary import rotary_table, rotate
 from moe.router import TINY
 
 AHEAD = 64  # positions that rotations are made for at a time
-FETCHED = range(1 << 16, 1 << 19)  # bytes of a matrix that is read through before it meets one vector
-SMALL = 1 << 20  # numbers in a matrix; up to here a vector's product with it is not worth a second thread
+FEW = 16  # vectors; up to here
+FETCHED = range(1 << 16, 1 << 19)  # a matrix of so many bytes is read through before it meets them, and
+SMALL = 1 << 20  # matrices of no more numbers than this are not worth a second thread
 
 Layer = Callable[[Tensor], Tensor]  # (B, D) -> (B, D)
 Attention = Callable[[Tensor, Tensor, Cache], Tensor]
@@ -50,10 +52,11 @@ class Decoder:
         self.blocks = [prepare(block, batch) for block in model.blocks()[: len(model.layers)]]
         self.norm = normalizer(model.norm, batch)
         matrices = (weight.shape[-2:].numel() for weight in model.layers.parameters())
-        self.alone = batch == 1 and self.embedding.device.type == "cpu" and max(matrices) <= SMALL
+        few = batch <= FEW and self.embedding.device.type == "cpu"
+        self.one_thread = few and max(matrices) <= SMALL
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        if not self.alone:
+        if not self.one_thread:
             return self.step(tokens)
         threads = torch.get_num_threads()
         try:
@@ -143,11 +146,12 @@ def product(linear: nn.Linear, batch: int) -> Layer:
 def matrix(weight: Tensor, batch: int) -> Layer:
     """The product with a matrix, (B, n) -> (B, m).
 
-    BLAS's product with one vector goes through several rows at once, and of what is not in the core's own cache it gets
-    7 GB a second where a sum gets 37. So a sum fetches what fits into that cache, and the product finds it there: a
-    token of 5M parameters in 1.40 ms instead of 1.69.
+    BLAS's product with a few vectors goes through several rows at once, and of what is not in the core's own cache it
+    gets 7 GB a second where a sum gets 37. So a sum fetches what fits into that cache, and the product finds it there:
+    a token of 5M parameters in 1.40 ms instead of 1.69.
     """
-    if batch > 1 or weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.nbytes not in FETCHED:
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.nbytes in FETCHED
+    if batch > FEW or not fits:
         return lambda x: F.linear(x, weight)
 
     def fetched(x: Tensor) -> Tensor:
@@ -242,12 +246,9 @@ class DecodedMoE:
         device, dtype = own.down_proj.device.type, own.down_proj.dtype
         self.backend = choose_backend(own.config, device, dtype, batch)[0]
         self.add_routed = self.add_by_backend
-        if own.config.expert_backend == "auto" and device == "cpu":
-            if batch == 1:
-                self.add_routed = self.add_one_by_one
-                self.gate_ups, self.downs = ([matrix(one, batch) for one in stack] for stack in self.stacks)
-            elif dtype == torch.float32 and not misfit(own.config, dtype):  # see segment_alignment for bfloat16
-                self.add_routed = self.add_sorted
+        if self.backend == "loop" and own.config.expert_backend == "auto":
+            self.add_routed = self.add_one_by_one if batch == 1 else self.add_by_expert
+            self.gate_ups, self.downs = ([matrix(one, batch) for one in stack] for stack in self.stacks)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (B, D) -> (B, D)."""
@@ -263,16 +264,20 @@ class DecodedMoE:
             out.add_(self.downs[expert](swiglu(self.gate_ups[expert](x))), alpha=share * factor)
         return out
 
-    def add_sorted(self, out: Tensor, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
-        """The pairs of token and expert sorted by expert, and one product for all: `grouped` without what only training
-        needs."""
+    def add_by_expert(self, out: Tensor, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
+        """A few tokens: the pairs of token and expert sorted by expert, then expert after expert."""
         experts = chosen.flatten()  # (B K,)
         order = experts.argsort()
-        ends = experts.bincount(minlength=self.config.n_routed_experts).cumsum(0, dtype=torch.int32)  # (E,)
-        token, (gate_up_proj, down_proj) = order // self.top_k, self.stacks
-        hidden = swiglu(F.grouped_mm(x.index_select(0, token), gate_up_proj.mT, offs=ends))
-        hidden *= self.router.gates(scores, chosen).view(-1, 1).index_select(0, order)
-        return out.index_add_(0, token, F.grouped_mm(hidden, down_proj.mT, offs=ends))
+        load = experts.bincount(minlength=self.config.n_routed_experts).tolist()
+        token = order // self.top_k
+        gates = self.router.gates(scores, chosen).to(x.dtype).view(-1, 1).index_select(0, order)  # (B K, 1)
+        rows = x.index_select(0, token).split(load)  # (load of each expert, D)
+        parts = [
+            down(swiglu(gate_up(row)) * gate)
+            for gate_up, down, row, gate in zip(self.gate_ups, self.downs, rows, gates.split(load), strict=True)
+            if len(row)
+        ]
+        return out.index_add_(0, token, torch.cat(parts))
 
     def add_by_backend(self, out: Tensor, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
         experts = BACKENDS[self.backend]

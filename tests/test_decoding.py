@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.attention import Cache, RMSNorm
 from moe.config import ModelConfig, RopeScaling
-from moe.decoding import AHEAD, FETCHED, Decoder, Turns, normalizer, product
+from moe.decoding import AHEAD, FETCHED, FEW, Decoder, Turns, normalizer, product
 from moe.rotary import rotary_table, rotate
 
 YARN = RopeScaling("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, mscale_all_dim=1.0)
@@ -47,7 +47,7 @@ def logits_step_by_step(model, tokens: torch.Tensor, prompt: int, room: int = 8)
     return model.lm_head(torch.stack(hidden, dim=1)).float()
 
 
-@pytest.mark.parametrize("sequences", [1, 2, 7])
+@pytest.mark.parametrize("sequences", [1, 2, 7, 40])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_the_decoder_computes_the_model(kind, sequences):
@@ -99,9 +99,10 @@ def test_a_norm_by_hand_is_rmsnorm(vectors, dtype, size):
 @torch.inference_mode()
 def test_a_matrix_that_is_read_through_before_multiplies_the_same():
     for rows in (4, 300, 3000):  # below, within and above what is fetched
-        layer, x = torch.nn.Linear(100, rows, bias=rows == 4), torch.randn(1, 100)
-        assert (layer.weight.nbytes in FETCHED) == (rows == 300)
-        assert product(layer, 1)(x).equal(layer(x))
+        for vectors in (1, FEW, FEW + 1):
+            layer, x = torch.nn.Linear(100, rows, bias=rows == 4), torch.randn(vectors, 100)
+            assert (layer.weight.nbytes in FETCHED) == (rows == 300)
+            assert product(layer, vectors)(x).equal(layer(x))
 
 
 @torch.inference_mode()
@@ -145,9 +146,9 @@ def test_a_token_takes_less_than_half_the_operations_of_the_models_forward():
     assert 2 * decoder.operations < forward.operations
 
 
-@pytest.mark.parametrize(("sequences", "threads"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize(("sequences", "threads"), [(1, 1), (FEW, 1), (FEW + 1, 3)])
 @torch.no_grad()
-def test_a_token_alone_is_written_on_one_thread_and_the_others_come_back(sequences, threads):
+def test_a_few_tokens_are_written_on_one_thread_and_the_others_come_back(sequences, threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
