@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from moe.checkpoint import versions
 from moe.config import require, to_dict
 from moe.files import write_whole
-from moe.lab.studies import Arm, Study, StudyError, configure
+from moe.lab.studies import Arm, Budget, Study, StudyError, configure
 from moe.lab.study_training import Diverged, Job, Stage, Trainer
 from moe.metrics import Record
 
@@ -73,11 +73,16 @@ def protocol_of(study: Study) -> dict[str, Any]:
     base["data"]["source"] = Path(base["data"]["source"]).name  # where the text lies is no part of what it is
     arms = [{"arm": arm.name, "changes": dict(arm.changes), "tries": list(map(dict, arm.tries))} for arm in study.arms]
     budget = {name: value for name, value in asdict(study.budget).items() if value}
-    return json.loads(json.dumps({"budget": budget, "arms": arms, "base": base}))  # as it will be read
+    swept = {"sweep_share": study.sweep_share} if sweep_jobs(study) else {}
+    return json.loads(json.dumps({"budget": budget, **swept, "arms": arms, "base": base}))  # as it will be read
+
+
+def budget_of(study: Study, stage: Stage) -> Budget:
+    return study.budget if stage == "final" else study.budget.part(study.sweep_share)
 
 
 def job(study: Study, stage: Stage, arm: Arm, setting: int, seed: int) -> Job:
-    changes = {**study.common, **arm.changes, **arm.tries[setting], **study.budget.changes(), "seed": seed}
+    changes = {**study.common, **arm.changes, **arm.tries[setting], **budget_of(study, stage).changes(), "seed": seed}
     return Job(stage, arm.name, setting, seed, study.preset, changes)
 
 
@@ -129,7 +134,7 @@ def run_study(
             total = len(sweep_jobs(study)) + trainings
             while jobs := left_to_do(study, results, seeds):
                 number = len(results.sweep) + len(results.finals) + 1
-                say(f"{number} of {total}  {jobs[0].name}, {study.budget}")
+                say(f"{number} of {total}  {jobs[0].name}, {budget_of(study, jobs[0].stage)}")
                 results = with_one_more(results, jobs[0], out, study, trainer, points)
                 results.write(path)
             return results
@@ -141,7 +146,7 @@ def with_one_more(results: Results, job: Job, out: Path, study: Study, trainer: 
     """The results with this training's; a sweep may meet one that diverges."""
     run: Record = {"arm": job.arm, "setting": job.setting, "seed": job.seed}
     try:
-        outcome = trainer(job, out / job.name, study.budget)
+        outcome = trainer(job, out / job.name, budget_of(study, job.stage))
     except Diverged as error:
         if job.stage == "final":
             raise
