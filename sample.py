@@ -9,7 +9,7 @@ python sample.py -i                           ask again and again
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -29,10 +29,7 @@ class Arguments:
     prompt_file: Path | None = None  # a file with the prompt; - reads standard input
     interactive: Annotated[bool, tyro.conf.arg(aliases=("-i",))] = False  # a loop of prompts, until an empty one
     max_new_tokens: int = 200
-    temperature: float = 0.8  # 0: always the most likely token
-    top_k: int = 0  # draw from the k most likely; 0: all
-    top_p: float = 1.0  # draw from the smallest set with this much probability
-    min_p: float = 0.0  # leave out what is less likely than this fraction of the most likely
+    drawing: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
     num_samples: int = 1  # made together, as one batch
     seed: int | None = None
     dtype: Dtype = "float32"  # of the weights and of all products; bfloat16 takes half the memory
@@ -57,26 +54,26 @@ def write(text: str) -> None:
     sys.stdout.buffer.flush()
 
 
-def stream(run: Run, args: Arguments, prompt: str, config: SampleConfig) -> list[list[int]]:
-    """Print a single sample as it is made, several one after the other; their tokens."""
+def stream(run: Run, args: Arguments, prompt: str) -> list[list[int]]:
+    """Make the samples, printing a single one as it comes; their tokens."""
     alone = args.num_samples == 1 and not args.json
-    texts = [run.tokenizer.stream(continuing=bool(prompt)) for _ in range(args.num_samples)]
+    text = run.tokenizer.stream(continuing=bool(prompt))
     tokens: list[list[int]] = [[] for _ in range(args.num_samples)]
     if alone:
         write(prompt)
     for row, token in sample(
-        run, prompt, config, args.max_new_tokens, args.num_samples, args.seed, on_overflow=to_stderr
+        run, prompt, args.drawing, args.max_new_tokens, args.num_samples, args.seed, on_overflow=to_stderr
     ):
         tokens[row].append(token)
         if alone:
-            write(texts[row].push(token))
+            write(text.push(token))
     if alone:
-        write(texts[0].finish() + "\n")
+        write(text.finish() + "\n")
     return tokens
 
 
-def show(run: Run, args: Arguments, prompt: str, config: SampleConfig) -> None:
-    tokens = stream(run, args, prompt, config)
+def show(run: Run, args: Arguments, prompt: str) -> None:
+    tokens = stream(run, args, prompt)
     texts = [run.tokenizer.decode(ids, continuing=bool(prompt)) for ids in tokens]
     if args.json:
         readable = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
@@ -107,19 +104,18 @@ def converse(answer: Callable[[str], None]) -> None:
 
 
 def main() -> int:
-    args = tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
+        args = tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
         if args.seed is not None and not 0 <= args.seed < 2**63:
             raise SamplingError(f"--seed {args.seed} must lie between 0 and 2**63 - 1")
         if args.max_new_tokens < 0 or args.num_samples < 1:
             raise SamplingError("--max-new-tokens must not be negative, and --num-samples at least 1")
-        config = SampleConfig(args.temperature, args.top_k, args.top_p, args.min_p)
         prompt = read_prompt(args)
         run = moe.load(args.run, dtype=args.dtype)
         if args.interactive:
-            converse(lambda line: show(run, args, line, config))
+            converse(lambda line: show(run, args, line))
         else:
-            show(run, args, prompt, config)
+            show(run, args, prompt)
     except moe.MoeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,7 +4,7 @@ python train.py                                    preset tiny on the bundled Sh
 python train.py --preset debug                     seconds, to see that everything works
 python train.py --data my-text.txt --out out/mine  your own text
 python train.py --out out/mine --resume auto       go on where it stopped
-python train.py --model.n-routed-experts 8         any field by its name
+python train.py --model.n-routed-experts 16        any field by its name
 """
 
 import argparse
@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from torch import Tensor
 
 import moe
 from moe.checkpoint import (
@@ -39,12 +38,12 @@ from moe.config import ConfigError, ModelConfig, MoeError, RunConfig, TrainConfi
 from moe.corpus import Corpus, prepare
 from moe.cost import activation_bytes, count, readable
 from moe.data import Batches, TokenStream
-from moe.device import LossFunction, Runtime, resolve, resolve_device, reuse_memory, working_losses
+from moe.device import DeviceError, resolve, resolve_device, reuse_memory, working_losses
 from moe.lab.pictures import draw_run
 from moe.lab.score import check_length, evaluate
 from moe.metrics import CollapseAlarm, Display, Eta, MetricsLog, Wandb, clock, load_record, routing_record
-from moe.model import Losses, Transformer
-from moe.optim import Average, Optimizers, mtp_weight
+from moe.model import Transformer
+from moe.optim import Average, Optimizers, accumulate, mtp_weight
 from moe.presets import NOTES, ONCE, presets
 from moe.tokenizer import Tokenizer
 
@@ -81,7 +80,7 @@ def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--preset", "--out", "--resume", "--init-from", "--steps", "--minutes"):
         first.add_argument(name)
-    known, _ = first.parse_known_args(arguments)
+    known, _ = first.parse_known_args([dashed(argument) for argument in arguments])
     name = known.preset or "tiny"
     if name not in presets():
         raise ConfigError(f"--preset {name} is not known: there are {', '.join(presets())}")
@@ -104,6 +103,12 @@ def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
             f"{folder.path} began with another {', '.join(changed)}: continue it as it began, or choose another --out"
         )
     return given.session, given.run, folder
+
+
+def dashed(argument: str) -> str:
+    """--init_from=a_b is --init-from=a_b."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
 def starting_from(model: ModelConfig, base: RunConfig) -> RunConfig:
@@ -204,29 +209,6 @@ class Interruption:
             signal.signal(number, handler)
 
 
-def accumulate(
-    losses_of: LossFunction,
-    batches: list[tuple[Tensor, Tensor]],
-    runtime: Runtime,
-    model: Transformer,
-    weight: float = 0.0,
-) -> Losses:
-    """Gradients of the mean over the micro-batches; the means of their losses, and the load of all of them together.
-    weight: of multi-token prediction."""
-    global_load = None
-    if model.config.balance_loss == "switch" and model.moe_layers() and len(batches) > 1:
-        # This loss weighs by the whole batch's load: route all of it once before, under the same dropout
-        with torch.no_grad(), runtime.autocast(), torch.random.fork_rng():
-            global_load = torch.stack([model.losses(*batch).routing.load for batch in batches]).sum(0)  # type: ignore[union-attr]
-    parts, mtp = [], torch.tensor(weight, device=batches[0][0].device)
-    for tokens, targets in batches:
-        with runtime.autocast():
-            losses = losses_of(tokens, targets, global_load, mtp)
-        (losses.objective / len(batches)).backward()
-        parts.append(losses)
-    return Losses.mean(parts)
-
-
 def train(session: Session, config: RunConfig, folder: RunFolder, display: Display, interruption: Interruption) -> None:
     # -- the run's folder, and how to compute --------------------------------------------------------------------------
     folder.acquire()
@@ -237,7 +219,13 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         raise CheckpointError(f"--resume must: {folder.path} holds no complete checkpoint to continue from")
     if resuming:
         stored, runtime, setup = folder.read_setup()
-        resolve_device(runtime.device)
+        try:
+            resolve_device(runtime.device)
+        except DeviceError:
+            raise CheckpointError(
+                f"{folder.path} was begun on {runtime.device}, which this machine, or this build of PyTorch, has not: "
+                f"continue it there, or begin a new run from its weights with --init-from {folder.path}"
+            ) from None
         reasons = dict.fromkeys(asdict(runtime), "as the run began")
         if isinstance(asked := config.train.micro_batch_size, int) and asked != runtime.micro_batch_size:
             runtime, reasons["micro_batch_size"] = replace(runtime, micro_batch_size=asked), "as asked"
@@ -265,6 +253,8 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     if resuming and setup != identity:
         raise CheckpointError(f"{config.data.source} is not the text that {folder.path} began with: give that one back")
     config = fit_vocabulary(config, corpus.tokenizer.vocab_size)
+    if not resuming:
+        runtime, reasons = resolve(config)  # again: now the vocabulary is known
     training, validation, test = (TokenStream(corpus, split) for split in ("train", "val", "test"))
     check_length(validation, config.train.sequence_length)
     characters_per_token = corpus.characters("train") / corpus.tokens("train")
@@ -305,7 +295,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     while True:
         parts, weight = config.train.parts(state.progress(config)), mtp_weight(state.progress(config), config.optim)
         step_batches = [batches.next(runtime.device, parts) for _ in range(micro_batches)]
-        losses = accumulate(losses_of, step_batches, runtime, model, weight)
+        losses = accumulate(losses_of, step_batches, runtime.autocast, model, weight)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf).item()
         loss = losses.loss.item()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -335,7 +325,9 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
             "nats_per_character": loss / characters_per_token,
             "grad_norm": grad_norm,
             "lr_share": lr_share,
-            **routing_record(losses.routing, detailed=done or state.step % config.train.log_interval == 0),
+            **routing_record(
+                losses.routing, detailed=done or state.step == 1 or every(config.train.log_interval, state.step)
+            ),
         }
         if done or every(config.train.eval_interval, state.step):
             with average.applied():
@@ -383,8 +375,6 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         balance = f"MaxVio {record['val_max_vio']:.2f} in the worst layer, {record['val_dead_experts']} dead experts"
         display.say(f"balance  over the validation split: {balance}")
     display.say(f"picture  {draw_run(folder.path)}")
-    for layer in model.moe_layers():
-        layer.backend = config.model.expert_backend  # a token at a time is not what training chose for
     run = Run(model.eval(), corpus.tokenizer, config, checkpoint)
     with average.applied():
         text = moe.generate_text(run, max_new_tokens=200, seed=config.seed)
@@ -421,6 +411,9 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         sys.stderr.close()
         return 141
+    except OSError as error:  # a full disk, a folder that may not be read
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

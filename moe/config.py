@@ -31,16 +31,16 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_above(bound: float, config: Any, names: str) -> None:
+def require_above(bound: float, config: Any, names: str, prefix: str = "") -> None:
     for name in names.split():
         value = getattr(config, name)
-        require(bound < value < math.inf, f"{name} = {value} must be finite and greater than {bound}")
+        require(bound < value < math.inf, f"{prefix}{name} = {value} must be finite and greater than {bound}")
 
 
-def require_not_negative(config: Any, names: str) -> None:
+def require_not_negative(config: Any, names: str, prefix: str = "") -> None:
     for name in names.split():
         value = getattr(config, name)
-        require(0 <= value < math.inf, f"{name} = {value} must be finite and not negative")
+        require(0 <= value < math.inf, f"{prefix}{name} = {value} must be finite and not negative")
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ class ModelConfig:
         require(
             self.q_lora_rank is None or self.q_lora_rank > 0, f"q_lora_rank = {self.q_lora_rank}: give None for none"
         )
-        depth = max(self.num_hidden_layers, self.num_nextn_predict_layers)
-        require(depth <= MOST_LAYERS, f"num_hidden_layers = {depth} is more than any model has")
+        for name in ("num_hidden_layers", "num_nextn_predict_layers"):
+            require(getattr(self, name) <= MOST_LAYERS, f"{name} = {getattr(self, name)} is more than any model has")
         strange = [layer for layer in self.mlp_only_layers if not 0 <= layer < self.num_hidden_layers]
         require(
             not strange,
@@ -315,15 +315,16 @@ class OptimConfig:
     ema_decay: float = 0.0  # of the running average of the weights that is evaluated and saved; 0: no average
 
     def __post_init__(self) -> None:
-        require_above(0, self, "muon_lr adam_lr router_lr")
-        require_not_negative(self, "muon_weight_decay adam_weight_decay warmup decay final_lr grad_clip")
-        require_not_negative(self, "mtp_weight mtp_final_weight mtp_final_from")
+        require_above(0, self, "muon_lr adam_lr router_lr", "optim.")
+        require_not_negative(self, "muon_weight_decay adam_weight_decay warmup decay final_lr grad_clip", "optim.")
+        require_not_negative(self, "mtp_weight mtp_final_weight mtp_final_from", "optim.")
         require(self.mtp_final_from <= 1, f"optim.mtp_final_from = {self.mtp_final_from} must lie in [0, 1]")
         for name in ("muon_momentum", "adam_beta1", "adam_beta2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, f"optim.{name} = {getattr(self, name)} must lie in [0, 1)")
+        decay = self.decay if self.schedule == "wsd" else 0.0
         require(
-            self.warmup + self.decay <= 1,
-            f"optim.warmup = {self.warmup} and optim.decay = {self.decay} add up to more than the whole training",
+            self.warmup + decay <= 1,
+            f"optim.warmup = {self.warmup} and optim.decay = {decay} add up to more than the whole training",
         )
 
 
@@ -331,21 +332,21 @@ class OptimConfig:
 class TrainConfig:
     """How a step is made and how often a run looks at itself."""
 
-    tokens_per_step: Annotated[int, tyro.conf.arg(aliases=("--tokens-per-step",))] = 2048  # of one optimizer step
+    tokens_per_step: Annotated[int, tyro.conf.arg(aliases=("--tokens-per-step",))] = 4096  # of one optimizer step
     sequence_length: int = 256
-    short_until: float = 0.0  # so far into the training, each window is cut into `short_parts`: attention costs less
+    short_until: float = 0.6  # so far into the training, each window is cut into `short_parts`: attention costs less
     short_parts: int = 2
     micro_batch_size: int | Literal["auto"] = "auto"  # sequences at a time; the gradients of a step are accumulated
     activation_checkpointing: bool = False  # less memory, a third more work: layers are computed again for gradients
-    eval_interval: int = 250  # steps; 0: only at the end
+    eval_interval: int = 150  # steps; 0: only at the end
     eval_tokens: int = 0  # of the validation split that evaluations before the last one read; 0: all
-    save_interval: int = 500  # steps; 0: only at the end
-    log_interval: int = 50  # steps between lines where there is no terminal
+    save_interval: int = 300  # steps; 0: only at the end
+    log_interval: int = 50  # steps between records of each layer's load, and between lines where there is no terminal
     keep_last: int = 2  # checkpoints
 
     def __post_init__(self) -> None:
-        require_above(0, self, "tokens_per_step sequence_length short_parts log_interval keep_last")
-        require_not_negative(self, "short_until eval_interval eval_tokens save_interval")
+        require_above(0, self, "tokens_per_step sequence_length short_parts log_interval keep_last", "train.")
+        require_not_negative(self, "short_until eval_interval eval_tokens save_interval", "train.")
         tokens, length, micro = self.tokens_per_step, self.sequence_length, self.micro_batch_size
         nearest = max(round(tokens / length), 1) * length
         require(
@@ -407,9 +408,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(tokens_per_step=4096, short_until=0.6, eval_interval=150, save_interval=300)
-    )
+    train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         require(self.steps > 0, f"steps = {self.steps} must be greater than 0")

@@ -34,9 +34,9 @@ from moe.rotary import rotary_table, rotate
 from moe.router import TINY
 
 AHEAD = 64  # positions that rotations are made for at a time
-FEW = 16  # vectors; up to here
-FETCHED = range(1 << 16, 1 << 19)  # a matrix of so many bytes is read through before it meets them, and
-SMALL = 1 << 20  # matrices of no more numbers than this are not worth a second thread
+FEW = 16  # sequences; up to here the next two hold
+FETCHED_BYTES = range(1 << 16, 1 << 19)  # a matrix of this size is read through before it meets its vectors
+ONE_THREAD_NUMBERS = 1 << 20  # matrices with no more numbers than this are not worth a second thread
 
 Layer = Callable[[Tensor], Tensor]  # (B, D) -> (B, D)
 Attention = Callable[[Tensor, Tensor, Cache], Tensor]
@@ -53,7 +53,7 @@ class Decoder:
         self.norm = normalizer(model.norm, batch)
         matrices = (weight.shape[-2:].numel() for weight in model.layers.parameters())
         few = batch <= FEW and self.embedding.device.type == "cpu"
-        self.one_thread = few and max(matrices) <= SMALL
+        self.one_thread = few and max(matrices) <= ONE_THREAD_NUMBERS
 
     def __call__(self, tokens: Tensor) -> Tensor:
         if not self.one_thread:
@@ -150,7 +150,7 @@ def matrix(weight: Tensor, batch: int) -> Layer:
     gets 7 GB a second where a sum gets 37. So a sum fetches what fits into that cache, and the product finds it there:
     a token of 5M parameters in 1.40 ms instead of 1.69.
     """
-    fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.nbytes in FETCHED
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.nbytes in FETCHED_BYTES
     if batch > FEW or not fits:
         return lambda x: F.linear(x, weight)
 

@@ -212,7 +212,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.backend: str = config.expert_backend  # train.py sets the one that it resolved
+        self.backend: str | None = None  # training sets the one it has resolved; None: chosen for each batch
         self.router = Router(config)
         self.gate_up_proj = nn.Parameter(
             torch.empty(config.n_routed_experts, 2 * config.moe_intermediate_size, config.hidden_size)
@@ -239,9 +239,7 @@ class MoE(nn.Module):
         routing = self.router(flat)
         device = x.device.type
         dtype = product_dtype(x)  # grouped products do not follow autocast by themselves
-        name = self.backend
-        if name in ("auto", self.config.expert_backend):
-            name = choose_backend(self.config, device, dtype, flat.shape[0])[0]
+        name = self.backend or choose_backend(self.config, device, dtype, flat.shape[0])[0]
         rows, gates = flat.to(dtype), routing.gates.to(dtype)
         out = BACKENDS[name](rows, routing.chosen, gates, self.gate_up_proj.to(dtype), self.down_proj.to(dtype))
         if self.shared_experts is not None:

@@ -118,7 +118,7 @@ class Display:
         self.console.print(message, markup=False)
 
     def warn(self, message: str) -> None:
-        """Never silenced, and on the error stream."""
+        """Never silenced; above the progress bar where there is one, otherwise on the error stream."""
         if self.bar:
             self.bar.console.print(message, style="bold yellow", markup=False)
         else:

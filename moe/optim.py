@@ -1,4 +1,7 @@
-"""Muon for the matrices, AdamW for the rest, an average of the weights, and how everything moves over a training.
+"""A step's gradients, Muon for the matrices, AdamW for the rest, an average of the weights, and how everything moves
+over a training.
+
+Notation: N matrices of m rows and n columns.
 
 Muon (Jordan et al. 2024): momentum whose matrix is made orthogonal before it is applied, so that every direction of a
 weight learns at the same pace. Matrices of hidden layers get it: attention, dense and shared feed-forward, and the
@@ -9,17 +12,41 @@ everything does.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe.config import OptimConfig
+from moe.model import Losses, Transformer
 
 # Three odd quintics a x + b x^3 + c x^5 in turn, each the one closest to 1 on the interval to which those before it
 # bring [0.02, 1] (Polar Express, arXiv 2505.16932): together they bring it into [0.9, 1.1]
 QUINTICS = ((7.7110, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013), (2.2183, -1.5940, 0.4107))
+
+
+def accumulate(
+    losses_of: Callable[..., Losses],
+    batches: list[tuple[Tensor, Tensor]],
+    autocast: Callable[[], AbstractContextManager[Any]],
+    model: Transformer,
+    weight: float = 0.0,
+) -> Losses:
+    """Gradients of the mean over the micro-batches; the means of their losses, and the load of all of them together.
+    losses_of: model.losses, or what a compiler made of it. weight: of multi-token prediction."""
+    global_load = None
+    if model.config.balance_loss == "switch" and model.moe_layers() and len(batches) > 1:
+        # This loss weighs by the whole batch's load: route all of it once before, under the same dropout
+        with torch.no_grad(), autocast(), torch.random.fork_rng():
+            global_load = torch.stack([model.losses(*batch).routing.load for batch in batches]).sum(0)  # type: ignore[union-attr]
+    parts, mtp = [], torch.tensor(weight, device=batches[0][0].device)
+    for tokens, targets in batches:
+        with autocast():
+            losses = losses_of(tokens, targets, global_load, mtp)
+        (losses.objective / len(batches)).backward()
+        parts.append(losses)
+    return Losses.mean(parts)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

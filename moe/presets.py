@@ -47,7 +47,9 @@ def debug() -> RunConfig:
         moe_intermediate_size=32,
         bias_update_speed=0.02,  # 30 steps of 1e-3 would not move a choice
     )
-    train = TrainConfig(tokens_per_step=512, sequence_length=64, eval_interval=15, save_interval=15, log_interval=10)
+    train = TrainConfig(
+        tokens_per_step=512, sequence_length=64, short_until=0.0, eval_interval=15, save_interval=15, log_interval=10
+    )
     return RunConfig(preset="debug", steps=30, model=model, data=DataConfig(vocab_size=320), optim=ONCE, train=train)
 
 
@@ -68,9 +70,7 @@ def wiki() -> RunConfig:
         moe_intermediate_size=128,
     )
     data = DataConfig(source="enwik8", vocab_size=4096, val_fraction=0.05, test_fraction=0.05)
-    train = TrainConfig(
-        tokens_per_step=4096, sequence_length=512, eval_interval=500, eval_tokens=1 << 17, save_interval=100
-    )
+    train = TrainConfig(sequence_length=512, short_until=0.0, eval_interval=500, eval_tokens=1 << 17, save_interval=100)
     return RunConfig(preset="wiki", minutes=60.0, model=model, data=data, optim=ONCE, train=train)
 
 
@@ -93,7 +93,12 @@ def small() -> RunConfig:
     )
     data = DataConfig(source="fineweb-edu", tokenizer="gpt2", max_bytes=13_000_000_000)
     train = TrainConfig(
-        tokens_per_step=1 << 17, sequence_length=1024, eval_interval=500, eval_tokens=1 << 20, save_interval=1000
+        tokens_per_step=1 << 17,
+        sequence_length=1024,
+        short_until=0.0,
+        eval_interval=500,
+        eval_tokens=1 << 20,
+        save_interval=1000,
     )
     optim = replace(ONCE, adam_lr=0.003)
     return RunConfig(preset="small", steps=20_000, model=model, data=data, optim=optim, train=train)
@@ -151,6 +156,8 @@ def v3() -> RunConfig:
 
 
 def published(name: str, model: ModelConfig) -> RunConfig:
-    train = TrainConfig(tokens_per_step=1 << 22, sequence_length=4096)
+    train = TrainConfig(
+        tokens_per_step=1 << 22, sequence_length=4096, short_until=0.0, eval_interval=250, save_interval=500
+    )
     data = DataConfig(source="fineweb-edu", tokenizer="gpt2")
     return RunConfig(preset=name, steps=100_000, model=model, data=data, optim=ONCE, train=train)

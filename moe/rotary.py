@@ -72,7 +72,7 @@ def yarn_ramp(pair: Tensor, dim: int, theta: float, scaling: RopeScaling) -> Ten
     )
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, dim - 1)
+    first, last = max(first, 0), min(last, dim - 1)  # there are dim / 2 pairs; DeepSeek's own bound
     return 1 - ((pair - first) / (last - first or 0.001)).clamp(0, 1)
 
 

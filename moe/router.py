@@ -6,9 +6,9 @@ A router left to itself feeds whichever experts got a lucky start until the othe
 both on by default:
 
 * the **bias** (eq. 16): after each optimizer step every expert with less than the mean load gains `bias_update_speed`
-  and every other one loses it. The bias takes part in the choice only, so balancing by it never distorts the output.
-  At 1e-3 DeepSeek's 1B ablation has MaxVio 0.04 where the auxiliary loss leaves 0.72, at a lower perplexity (arXiv
-  2408.15664).
+  and every one with more loses it, then all are re-centred on zero. The bias takes part in the choice only, so
+  balancing by it never distorts the output. At 1e-3 DeepSeek's 1B ablation has MaxVio 0.04 where the auxiliary loss
+  leaves 0.72, at a lower perplexity (arXiv 2408.15664).
 * the **sequence-wise balance loss** (eq. 17-20): a small term, `aux_loss_alpha` = 1e-4, against imbalance within a
   single sequence.
 

@@ -5,18 +5,16 @@ Notation: B sequences, S prompt positions, N new tokens, V vocabulary.
 
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moe.attention import Cache
+from moe.checkpoint import Run
 from moe.config import MoeError, SampleConfig
 from moe.decoding import Decoder
+from moe.layers import evaluating
 from moe.model import Transformer
-
-if TYPE_CHECKING:
-    from moe.checkpoint import Run
 
 
 class SamplingError(MoeError):
@@ -51,14 +49,12 @@ def decode(
     *,
     generator: torch.Generator | None = None,
     vocab_size: int | None = None,
-    use_cache: bool = True,
     on_overflow: Callable[[str], None] | None = None,
 ) -> Iterator[Tensor]:
     """New tokens without end, one for each of the B sequences at a time, (B,) int64. tokens: (B, S) with S > 0.
 
     vocab_size: ids from here on only pad the embedding and are never drawn. When the context is full, the newest half
-    of it is kept and read again; on_overflow is told so, once. Without a cache everything is computed afresh for
-    every token by the model's own forward: the slow reference.
+    of it is kept and read again; on_overflow is told so, once.
     """
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise SamplingError(f"tokens must have the shape (B, S), with S at least 1, but are {tuple(tokens.shape)}")
@@ -71,16 +67,16 @@ def decode(
         if length > context:
             if on_overflow and not told:
                 on_overflow(f"the text is longer than the context of {context} tokens: going on from the newest {half}")
-            pieces, length, step, told = [torch.cat(pieces, dim=1)[:, -half:]], half, None, True
-            cache = None
+            pieces, length, told = [torch.cat(pieces, dim=1)[:, -half:]], half, True
+            cache = step = None
         with torch.inference_mode(), torch.autocast(weight.device.type, enabled=False):
-            if cache is not None:
+            if cache is None:
+                (window,) = pieces
+                cache = Cache(model.config, len(window), length, weight.device, weight.dtype)
+                last = model.hidden_states(window, cache)[0][:, -1]  # a prompt's other logits are never made
+            else:
                 step = step or Decoder(model, cache)
                 last = step(pieces[-1].squeeze(1))  # (B, D)
-            else:
-                window = torch.cat(pieces, dim=1)
-                cache = Cache(model.config, len(window), length, weight.device, weight.dtype) if use_cache else None
-                last = model.hidden_states(window, cache)[0][:, -1]  # a prompt's other logits are never made
             new = draw(model.lm_head(last).float()[:, :vocab_size], config, generator)
         pieces.append(new[:, None])
         length += 1
@@ -98,22 +94,17 @@ def generate(
     seed: int | None = None,
     stop: int | None = None,
     vocab_size: int | None = None,
-    use_cache: bool = True,
 ) -> Tensor:
     """Continue tokens (B, S) to exactly (B, S + max_new_tokens); with `stop`, to where every sequence has produced
     that token.
 
     temperature 0 is greedy. A sequence that stopped is filled up with `stop`.
     """
-    training = model.training
-    model.eval()
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     config = SampleConfig(temperature, top_k, top_p, min_p)
-    new_tokens = decode(
-        model, tokens, config, generator=generator, vocab_size=vocab_size, use_cache=use_cache, on_overflow=to_stderr
-    )
+    new_tokens = decode(model, tokens, config, generator=generator, vocab_size=vocab_size, on_overflow=to_stderr)
     out, stopped = [tokens], torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    try:
+    with evaluating(model):
         for _ in range(max_new_tokens):
             new = next(new_tokens)
             if stop is not None:
@@ -122,13 +113,11 @@ def generate(
             out.append(new[:, None])
             if stop is not None and bool(stopped.all()):
                 break
-    finally:
-        model.train(training)
     return torch.cat(out, dim=1)
 
 
 def sample(
-    run: "Run",
+    run: Run,
     prompt: str,
     config: SampleConfig,
     max_new_tokens: int,
@@ -152,7 +141,7 @@ def sample(
 
 
 def generate_text(
-    run: "Run",
+    run: Run,
     prompt: str = "",
     max_new_tokens: int = 200,
     temperature: float = 0.8,
@@ -167,7 +156,7 @@ def generate_text(
     return prompt + run.tokenizer.decode(new, continuing=bool(prompt))
 
 
-def prompt_tokens(run: "Run", prompt: str, copies: int = 1) -> Tensor:
+def prompt_tokens(run: Run, prompt: str, copies: int = 1) -> Tensor:
     """What begins a text and the prompt, `copies` times: (copies, S) int64 on the model's device."""
     ids = run.tokenizer.prompt(prompt.encode("utf-8", "surrogateescape"))
     return torch.tensor(ids, device=run.model.embed_tokens.weight.device).expand(copies, -1)

@@ -263,11 +263,4 @@ def gpt2_tokenizer() -> BytePairs:
             f"the gpt2 vocabulary could not be had ({type(error).__name__}): it is downloaded once; without a network, "
             "point TIKTOKEN_CACHE_DIR at a folder that holds tiktoken's copy, or use the tokenizer bpe or bytes"
         ) from None
-    return BytePairs(
-        gpt2.token_byte_values_by_rank() if hasattr(gpt2, "token_byte_values_by_rank") else _ranks_of(gpt2),
-        GPT2_PATTERN,
-    )
-
-
-def _ranks_of(encoding: tiktoken.Encoding) -> list[bytes]:
-    return [encoding.decode_single_token_bytes(rank) for rank in range(encoding.n_vocab - 1)]
+    return BytePairs([gpt2.decode_single_token_bytes(rank) for rank in range(gpt2.n_vocab - 1)], GPT2_PATTERN)

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.attention import Cache, RMSNorm
 from moe.config import ModelConfig, RopeScaling
-from moe.decoding import AHEAD, FETCHED, FEW, Decoder, Turns, normalizer, product
+from moe.decoding import AHEAD, FETCHED_BYTES, FEW, Decoder, Turns, normalizer, product
 from moe.rotary import rotary_table, rotate
 
 YARN = RopeScaling("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, mscale_all_dim=1.0)
@@ -101,7 +101,7 @@ def test_a_matrix_that_is_read_through_before_multiplies_the_same():
     for rows in (4, 300, 3000):  # below, within and above what is fetched
         for vectors in (1, FEW, FEW + 1):
             layer, x = torch.nn.Linear(100, rows, bias=rows == 4), torch.randn(vectors, 100)
-            assert (layer.weight.nbytes in FETCHED) == (rows == 300)
+            assert (layer.weight.nbytes in FETCHED_BYTES) == (rows == 300)
             assert product(layer, vectors)(x).equal(layer(x))
 
 

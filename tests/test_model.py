@@ -10,9 +10,8 @@ from moe.config import ConfigError, ModelConfig, RopeScaling
 from moe.cost import count
 from moe.experts import MLP
 from moe.model import IGNORE, Transformer
-from moe.optim import Optimizers
+from moe.optim import Optimizers, accumulate
 from moe.presets import presets
-from train import accumulate
 
 
 @pytest.mark.parametrize(
@@ -81,7 +80,9 @@ def test_accumulation_is_one_large_batch(small, kind, first_k_dense_replace):
     gradients, results = [], []
     for micro_batches in ([tokens], list(tokens.split(2))):
         model.zero_grad()
-        results.append(accumulate(model.losses, [(part, part.roll(-1, 1)) for part in micro_batches], CPU, model))
+        results.append(
+            accumulate(model.losses, [(part, part.roll(-1, 1)) for part in micro_batches], CPU.autocast, model)
+        )
         gradients.append([weight.grad.clone() for weight in model.parameters()])
     torch.testing.assert_close(results[0].loss, results[1].loss)
     torch.testing.assert_close(results[0].objective, results[1].objective)
@@ -95,7 +96,7 @@ def test_accumulation_is_one_large_batch(small, kind, first_k_dense_replace):
 def test_the_bias_moves_once_per_step_by_the_load_of_all_micro_batches(small):
     model = Transformer(replace(small, bias_update_speed=0.1))
     tokens = torch.randint(64, (4, 16))
-    losses = accumulate(model.losses, [(part, part) for part in tokens.split(1)], CPU, model)
+    losses = accumulate(model.losses, [(part, part) for part in tokens.split(1)], CPU.autocast, model)
     model.update_expert_bias(losses.routing.load)
     for layer, load in zip(model.moe_layers(), losses.routing.load.float(), strict=True):
         step = 0.1 * (load.mean() - load).sign()
@@ -107,7 +108,7 @@ def test_it_overfits_one_batch(small):
     optimizers = Optimizers(model, presets()["tiny"].optim)
     tokens = torch.randint(64, (4, 17))
     for _ in range(60):
-        losses = accumulate(model.losses, [(tokens[:, :-1], tokens[:, 1:])], CPU, model)
+        losses = accumulate(model.losses, [(tokens[:, :-1], tokens[:, 1:])], CPU.autocast, model)
         optimizers.step(0.1)
         optimizers.zero_grad()
         model.update_expert_bias(losses.routing.load)

@@ -11,8 +11,7 @@ from torch import nn
 from moe.config import OptimConfig
 from moe.cost import count
 from moe.model import IGNORE, Transformer
-from moe.optim import Optimizers, mtp_weight
-from train import accumulate
+from moe.optim import Optimizers, accumulate, mtp_weight
 
 DEEP = replace(SMALL, num_nextn_predict_layers=2)
 
@@ -105,7 +104,7 @@ def test_accumulation_is_one_large_batch_with_multi_token_prediction():
     results, gradients = [], []
     for parts in ([tokens], list(tokens.split(2))):
         model.zero_grad()
-        results.append(accumulate(model.losses, [(part, part.roll(-1, 1)) for part in parts], CPU, model, 0.3))
+        results.append(accumulate(model.losses, [(part, part.roll(-1, 1)) for part in parts], CPU.autocast, model, 0.3))
         gradients.append([weight.grad.clone() for weight in model.parameters()])
     torch.testing.assert_close(results[0].mtp, results[1].mtp)
     torch.testing.assert_close(results[0].objective, results[1].objective)
@@ -144,7 +143,7 @@ def test_every_weight_of_it_is_trained_and_it_learns_to_look_ahead():
     tokens = torch.randint(64, (4, 17))
     before = {name: weight.detach().clone() for name, weight in model.mtp.named_parameters()}
     for _ in range(60):
-        losses = accumulate(model.losses, [(tokens[:, :-1], tokens[:, 1:])], CPU, model, 0.3)
+        losses = accumulate(model.losses, [(tokens[:, :-1], tokens[:, 1:])], CPU.autocast, model, 0.3)
         optimizers.step(0.1)
         optimizers.zero_grad()
     assert losses.mtp.max() < 0.2

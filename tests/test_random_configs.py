@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from moe.config import ConfigError, ModelConfig, OptimConfig, RopeScaling, RunConfig, TrainConfig
 from moe.model import Transformer
-from moe.optim import Average, Optimizers, mtp_weight
-from train import accumulate
+from moe.optim import Average, Optimizers, accumulate, mtp_weight
 
 SIZES = st.sampled_from([0, 1, 2, 3, 4, 5, 8, 12, 16])
 SHARES = st.sampled_from([-0.5, 0.0, 0.1, 0.5, 1.0])
@@ -112,7 +111,7 @@ def train_a_step(config: RunConfig) -> None:
     micro = config.train.micro_batch_size if config.train.micro_batch_size != "auto" else 1
     tokens = torch.randint(24, (config.train.sequences_per_step, config.train.sequence_length))
     batches = [(part, part.roll(-1, 1)) for part in tokens.split(micro)]
-    losses = accumulate(model.losses, batches, CPU, model, mtp_weight(0.5, config.optim))
+    losses = accumulate(model.losses, batches, CPU.autocast, model, mtp_weight(0.5, config.optim))
     assert losses.loss.isfinite()
     assert losses.objective.isfinite()
     optimizers.step(0.5)

@@ -150,4 +150,5 @@ def storage(source: Source, dtype: str) -> Iterator[tuple[str, tuple[int, ...], 
 def run_config(model: ModelConfig) -> RunConfig:
     """What a run says of itself that was never trained here: its model, and windows to be scored in."""
     window = min(model.max_position_embeddings, WINDOW)
-    return RunConfig(preset="imported", model=model, train=TrainConfig(tokens_per_step=window, sequence_length=window))
+    train = TrainConfig(tokens_per_step=window, sequence_length=window, short_until=0.0)
+    return RunConfig(preset="imported", model=model, train=train)

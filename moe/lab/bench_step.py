@@ -17,7 +17,7 @@ from moe.cost import count
 from moe.device import Runtime, resolve, reuse_memory, working_losses
 from moe.lab.bench import BenchError, Row, alternate, medians, present, ratio
 from moe.model import Losses, Transformer
-from moe.optim import Average, Optimizers, mtp_weight
+from moe.optim import Average, Optimizers, accumulate, mtp_weight
 from moe.presets import presets
 
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16, dense
@@ -108,22 +108,19 @@ def build(config: RunConfig) -> Trainer:
     average = Average(model, config.optim.ema_decay)
     losses_of, runtime = working_losses(model, config, runtime, False, lambda message: None)
     shape = (runtime.micro_batch_size, config.train.sequence_length + 1)
-    batches = [
+    window, weight = (
+        (-1, config.train.sequence_length // config.train.parts(PROGRESS)),
+        mtp_weight(PROGRESS, config.optim),
+    )
+    random = [
         torch.randint(config.model.vocab_size, shape, device=runtime.device)
         for _ in range(config.train.sequences_per_step // runtime.micro_batch_size)
     ]
-    window = (-1, config.train.sequence_length // config.train.parts(PROGRESS))
-    weight = torch.tensor(mtp_weight(PROGRESS, config.optim), device=runtime.device)
+    batches = [(tokens[:, :-1].reshape(window), tokens[:, 1:].reshape(window)) for tokens in random]
     model.train()
 
     def step() -> Losses:
-        parts = []
-        for tokens in batches:
-            with runtime.autocast():
-                losses = losses_of(tokens[:, :-1].reshape(window), tokens[:, 1:].reshape(window), None, weight)
-            (losses.objective / len(batches)).backward()
-            parts.append(losses)
-        losses = Losses.mean(parts)
+        losses = accumulate(losses_of, batches, runtime.autocast, model, weight)
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf).item()
         losses.loss.item()
         optimizers.step(PROGRESS)

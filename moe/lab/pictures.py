@@ -9,7 +9,7 @@ from moe.metrics import read_metrics
 
 def draw_run(folder: Path) -> Path:
     """Read metrics.jsonl, write `training.png` beside it: losses over steps, and each expert's load over time, a
-    strip per MoE layer."""
+    strip per MoE layer. A load is drawn from the step before until its own."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,6 +25,7 @@ def draw_run(folder: Path) -> Path:
         height_ratios=[3] + [1] * layers,
         layout="constrained",
         squeeze=False,
+        sharex=True,
     )
     curve = axes[0, 0]
     steps = [record["step"] for record in records]
@@ -53,10 +54,9 @@ def draw_run(folder: Path) -> Path:
         load = np.array([record["load_by_layer"][layer] for record in loads], dtype=float).T  # (E, times)
         strip = axes[1 + layer, 0]
         relative = load / load.mean(0, keepdims=True).clip(min=1e-9)
-        extent = (loads[0]["step"], max(loads[-1]["step"], loads[0]["step"] + 1), len(load) - 0.5, -0.5)
-        image = strip.imshow(
-            relative, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2, extent=extent, interpolation="nearest"
-        )
+        edges = [0, *(record["step"] for record in loads)], np.arange(len(load) + 1) - 0.5
+        image = strip.pcolormesh(*edges, relative, cmap="RdBu_r", vmin=0, vmax=2)
+        strip.invert_yaxis()
         strip.set(ylabel=f"MoE layer {layer}\nexpert")
     if layers:
         figure.colorbar(image, ax=list(axes[1:, 0]), label="load, in means (white: even)", shrink=0.9)

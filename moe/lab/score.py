@@ -25,6 +25,7 @@ from torch import Tensor
 from moe.checkpoint import Run
 from moe.config import MoeError
 from moe.data import IGNORE, TokenStream, separate_windows
+from moe.layers import evaluating
 from moe.model import LOGITS, Transformer
 
 Windows = Literal["overlapping", "separate"]
@@ -66,18 +67,15 @@ def price(
 ) -> tuple[np.ndarray, Tensor | None]:
     """The price in nats of every scored target, in order, float64; and the load of the experts over all of it, (L,
     E)."""
-    device, training = model.embed_tokens.weight.device, model.training
-    model.eval()
-    prices, load = [], None
+    device, prices, load = model.embed_tokens.weight.device, [], None
     for tokens, targets in batches:
-        with autocast():
+        with evaluating(model), autocast():
             hidden, routing = model.hidden_states(tokens.to(device))
             for piece, goal in model.pieces(hidden, targets.to(device)):
                 losses = F.cross_entropy(model.lm_head(piece).float(), goal, ignore_index=IGNORE, reduction="none")
                 prices.append(losses[goal != IGNORE].cpu().double().numpy())
         if routing is not None:
             load = routing.load if load is None else load + routing.load
-    model.train(training)
     return np.concatenate(prices) if prices else np.zeros(0), load
 
 
