@@ -100,7 +100,23 @@ def test_the_sweep_comes_first_at_a_seed_of_its_own_and_the_best_setting_is_used
     assert {run["setting"] for run in results.finals} == {1}
     assert {run["seed"] for run in results.sweep}.isdisjoint(run["seed"] for run in results.finals)
     summary = summarize(results, SWEPT)
-    assert summary["arms"][0]["setting"] == {"best": TRIES[1], "tried": 3, "at_the_edge": []}
+    setting = {"best": TRIES[1], "tried": 3, "budget": {"minutes": 1.0}, "at_the_edge": []}
+    assert summary["arms"][0]["setting"] == setting
+
+
+def test_a_sweep_may_have_a_budget_of_its_own(tmp_path):
+    lengths = []
+
+    def watched(job, folder, budget):
+        lengths.append((job.stage, str(budget), job.changes["steps"] if budget.steps else job.changes["minutes"]))
+        return Fake()(job, folder, budget)
+
+    study = replace(SWEPT, sweep=Budget(steps=5))
+    results = run_study("x", study, tmp_path / "x", 1, watched)
+    assert set(lengths) == {("sweep", "5 steps", 5), ("final", "1 minute", 1.0)}
+    assert "tried at another seed for 5 steps." in front.in_words(summarize(results, study))
+    with pytest.raises(StudyError, match="another sweep"):
+        run_study("x", replace(study, sweep=Budget(steps=6)), tmp_path / "x", 1, watched)
 
 
 def test_a_setting_that_diverges_in_the_sweep_is_not_chosen_and_one_that_diverges_later_ends_the_study(tmp_path):

@@ -122,4 +122,5 @@ def setting_note(arm: Summary) -> list[str]:
         return []
     values = ", ".join(f"{name.split('.')[-1]} {value:g}" for name, value in setting["best"].items())
     edge = f"; {', '.join(setting['at_the_edge'])} at the edge of what was tried" if setting["at_the_edge"] else ""
-    return [f"{arm['arm']}: {values}, the best of {setting['tried']} settings tried at another seed{edge}."]
+    tried = f"the best of {setting['tried']} settings tried at another seed for {Budget(**setting['budget'])}"
+    return [f"{arm['arm']}: {values}, {tried}{edge}."]

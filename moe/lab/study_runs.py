@@ -72,13 +72,15 @@ def protocol_of(study: Study) -> dict[str, Any]:
     base = to_dict(configure(study.preset, {**study.common, **study.budget.changes()}))
     base["data"]["source"] = Path(base["data"]["source"]).name  # where the text lies is no part of what it is
     arms = [{"arm": arm.name, "changes": dict(arm.changes), "tries": list(map(dict, arm.tries))} for arm in study.arms]
-    budget = {name: value for name, value in asdict(study.budget).items() if value}
-    swept = {"sweep_share": study.sweep_share} if sweep_jobs(study) else {}
-    return json.loads(json.dumps({"budget": budget, **swept, "arms": arms, "base": base}))  # as it will be read
+    budgets = {"budget": study.budget} | ({"sweep": study.sweep} if study.sweep else {})
+    lengths = {
+        kind: {name: value for name, value in asdict(budget).items() if value} for kind, budget in budgets.items()
+    }
+    return json.loads(json.dumps({**lengths, "arms": arms, "base": base}))  # as it will be read
 
 
 def budget_of(study: Study, stage: Stage) -> Budget:
-    return study.budget if stage == "final" else study.budget.part(study.sweep_share)
+    return study.sweep or study.budget if stage == "sweep" else study.budget
 
 
 def job(study: Study, stage: Stage, arm: Arm, setting: int, seed: int) -> Job:

@@ -142,4 +142,5 @@ def chosen(results: Results, arm: str) -> dict[str, Any] | None:
         values = {each[name] for each in tries}
         if len(values) > 1 and value in (min(values), max(values)):
             edges.append(name)
-    return {"best": tries[best], "tried": len(tries), "at_the_edge": edges}
+    budget = results.protocol.get("sweep", results.protocol["budget"])
+    return {"best": tries[best], "tried": len(tries), "budget": budget, "at_the_edge": edges}
