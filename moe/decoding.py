@@ -36,41 +36,62 @@ from moe.router import TINY
 AHEAD = 64  # positions that rotations are made for at a time
 FEW = 16  # sequences; up to here the next two hold
 FETCHED_BYTES = range(1 << 16, 1 << 19)  # a matrix of this size is read through before it meets its vectors
+FETCHED_CACHE = 1 << 20  # bytes; so is what several sequences have cached in a layer, up to this size
 ONE_THREAD_NUMBERS = 1 << 20  # matrices with no more numbers than this are not worth a second thread
 
 Layer = Callable[[Tensor], Tensor]  # (B, D) -> (B, D)
-Attention = Callable[[Tensor, Tensor, Cache], Tensor]
+Attention = Callable[[Tensor, Tensor, "Memory"], Tensor]
+
+
+class Memory:
+    """What was before, as the step writes and reads it: a cache, at its end. (graphs.py has one of fixed shape.)"""
+
+    bias: Tensor | None = None  # added to the scores of what is read, (1, L)
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+    def put(self, layer: int, entry: Tensor) -> Tensor:
+        """(B, width) -> all that there is to read, (B, L, width)."""
+        place, seen = self.cache.next(layer)
+        place.copy_(entry)
+        return seen
 
 
 class Decoder:
-    """Behind what is in a cache, and into it: the next token of each sequence, (B,) -> (B, D), as the head reads it."""
+    """Behind what is in a cache, and into it: a token of each sequence, (B,) int64 -> the next one's logits, (B, V)
+    float32."""
 
     def __init__(self, model: Transformer, cache: Cache) -> None:
-        self.cache, self.embedding = cache, model.embed_tokens.weight
+        self.cache, self.memory, self.embedding = cache, Memory(cache), model.embed_tokens.weight
         self.turns = Turns(model.config, self.embedding.device)
         batch = len(cache.entries[0])
         self.blocks = [prepare(block, batch) for block in model.blocks()[: len(model.layers)]]
-        self.norm = normalizer(model.norm, batch)
-        matrices = (weight.shape[-2:].numel() for weight in model.layers.parameters())
+        self.norm, self.head = normalizer(model.norm, batch), matrix(model.lm_head.weight, batch)
         few = batch <= FEW and self.embedding.device.type == "cpu"
-        self.one_thread = few and max(matrices) <= ONE_THREAD_NUMBERS
+        self.one_thread, self.one_thread_head = (
+            few and max(weight.shape[-2:].numel() for weight in weights) <= ONE_THREAD_NUMBERS
+            for weights in (model.layers.parameters(), model.lm_head.parameters())
+        )
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        if not self.one_thread:
-            return self.step(tokens)
         threads = torch.get_num_threads()
         try:
-            torch.set_num_threads(1)
-            return self.step(tokens)
+            torch.set_num_threads(1 if self.one_thread else threads)
+            state = self.state(tokens, self.turns.at(self.cache.length), self.memory)
+            torch.set_num_threads(1 if self.one_thread_head else threads)
+            logits = self.head(state).float()
         finally:
             torch.set_num_threads(threads)
+        self.cache.length += 1
+        return logits
 
-    def step(self, tokens: Tensor) -> Tensor:
-        x, turn, cache = F.embedding(tokens, self.embedding), self.turns.at(self.cache.length), self.cache
+    def state(self, tokens: Tensor, turn: Tensor, memory: Memory) -> Tensor:
+        """(B,) -> (B, D), as the head reads it."""
+        x = F.embedding(tokens, self.embedding)
         for attention_norm, attention, mlp_norm, mlp in self.blocks:
-            x = x + attention(attention_norm(x), turn, cache)
+            x = x + attention(attention_norm(x), turn, memory)
             x = x + mlp(mlp_norm(x))
-        cache.length += 1
         return self.norm(x)
 
 
@@ -144,21 +165,29 @@ def product(linear: nn.Linear, batch: int) -> Layer:
 
 
 def matrix(weight: Tensor, batch: int) -> Layer:
-    """The product with a matrix, (B, n) -> (B, m).
+    """The product with a matrix, (B, n) -> (B, m)."""
+    fetch = fetcher(weight, batch)
+
+    def fetched(x: Tensor) -> Tensor:
+        fetch()
+        return F.linear(x, weight)
+
+    return fetched
+
+
+def fetcher(weight: Tensor, batch: int) -> Callable[[], object]:
+    """Reads a matrix through, where that pays.
 
     BLAS's product with a few vectors goes through several rows at once, and of what is not in the core's own cache it
     gets 7 GB a second where a sum gets 37. So a sum fetches what fits into that cache, and the product finds it there:
     a token of 5M parameters in 1.40 ms instead of 1.69.
     """
     fits = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.nbytes in FETCHED_BYTES
-    if batch > FEW or not fits:
-        return lambda x: F.linear(x, weight)
+    return weight.sum if batch <= FEW and fits else nothing
 
-    def fetched(x: Tensor) -> Tensor:
-        weight.sum()
-        return F.linear(x, weight)
 
-    return fetched
+def nothing() -> None:
+    pass
 
 
 class DecodedLatent:
@@ -171,6 +200,7 @@ class DecodedLatent:
         self.entry_parts = (config.kv_lora_rank, config.qk_rope_head_dim)
         self.compress, self.output = product(own.kv_a_proj_with_mqa, batch), product(own.o_proj, batch)
         self.latent_norm = normalizer(own.kv_a_layernorm, batch)
+        self.fetch = fetcher(own.kv_b_proj.weight, batch)
         expand = own.kv_b_proj.weight.unflatten(0, (self.heads, -1))  # (H, n + v, r)
         to_key, to_value = expand.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
         self.to_key, self.to_value = to_key, to_value.mT  # (H, n, r), (H, r, v)
@@ -179,13 +209,17 @@ class DecodedLatent:
             self.compress_query, self.query_norm = product(own.q_a_proj, batch), normalizer(own.q_a_layernorm, batch)
         self.to_query = product(own.q_b_proj if self.compressed else own.q_proj, batch)
 
-    def __call__(self, x: Tensor, turn: Tensor, cache: Cache) -> Tensor:
+    def __call__(self, x: Tensor, turn: Tensor, memory: Memory) -> Tensor:
         """x: (B, D) -> (B, D)."""
-        place, seen = cache.next(self.layer)  # (B, r + p), (B, L, r + p)
         latent, key = self.compress(x).split_with_sizes(self.entry_parts, -1)
-        torch.cat((self.latent_norm(latent), turned(key, turn)), -1, out=place)
-        scores = torch.bmm(self.query(x, turn), seen.mT)  # (B, H, L)
-        weights = (scores * self.scale).softmax(-1, torch.float32)
+        seen = memory.put(self.layer, torch.cat((self.latent_norm(latent), turned(key, turn)), -1))  # (B, L, r + p)
+        query = self.query(x, turn)  # (B, H, r + p)
+        if seen.device.type == "cpu" and len(seen) > 1 and seen.nbytes <= FETCHED_CACHE:
+            seen.sum()  # see `fetcher`
+        scores = torch.bmm(query, seen.mT) * self.scale  # (B, H, L)
+        if memory.bias is not None:
+            scores = scores + memory.bias
+        weights = scores.softmax(-1, torch.float32)
         if x.dtype != torch.float32:
             weights = weights.to(x.dtype)
         attended = torch.bmm(weights, seen.narrow(-1, 0, self.entry_parts[0]))  # (B, H, r)
@@ -198,6 +232,7 @@ class DecodedLatent:
             x = self.query_norm(self.compress_query(x))
         heads = self.to_query(x).view(len(x), self.heads, -1)  # (B, H, n + p)
         nope, rope = heads.split_with_sizes(self.query_parts, -1)
+        self.fetch()
         latent = torch.bmm(nope.transpose(0, 1), self.to_key).transpose(0, 1)  # (B, H, r)
         return torch.cat((latent, turned(rope, turn)), -1)
 
@@ -216,19 +251,18 @@ class DecodedGrouped:
             self.query_norm = normalizer(own.q_norm, batch * config.num_attention_heads if per_head else batch)
             self.key_norm = normalizer(own.k_norm, batch * self.groups if per_head else batch)
 
-    def __call__(self, x: Tensor, turn: Tensor, cache: Cache) -> Tensor:
+    def __call__(self, x: Tensor, turn: Tensor, memory: Memory) -> Tensor:
         """x: (B, D) -> (B, D)."""
-        place, seen = cache.next(self.layer)  # (B, 2 G d), (B, L, 2 G d)
         query, key, value = (projection(x) for projection in self.projections)
         if self.norm == "projection":
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = (part.view(len(x), -1, self.width) for part in (query, key))  # (B, H, d), (B, G, d)
         if self.norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
-        torch.cat((turned(key, turn).flatten(1), value), -1, out=place)
+        seen = memory.put(self.layer, torch.cat((turned(key, turn).flatten(1), value), -1))  # (B, L, 2 G d)
         keys, values = seen.unflatten(-1, (2, self.groups, self.width)).permute(2, 0, 3, 1, 4)  # (B, G, L, d) each
         query = turned(query, turn).unflatten(1, (self.groups, -1))  # (B, G, H/G, d): as if these were positions
-        attended = F.scaled_dot_product_attention(query, keys, values, scale=self.scale)
+        attended = F.scaled_dot_product_attention(query, keys, values, memory.bias, scale=self.scale)
         return self.output(attended.flatten(1))
 
 
@@ -273,11 +307,11 @@ class DecodedMoE:
         gates = self.router.gates(scores, chosen).to(x.dtype).view(-1, 1).index_select(0, order)  # (B K, 1)
         rows = x.index_select(0, token).split(load)  # (load of each expert, D)
         parts = [
-            down(swiglu(gate_up(row)) * gate)
-            for gate_up, down, row, gate in zip(self.gate_ups, self.downs, rows, gates.split(load), strict=True)
+            down(swiglu(gate_up(row)))
+            for gate_up, down, row in zip(self.gate_ups, self.downs, rows, strict=True)
             if len(row)
         ]
-        return out.index_add_(0, token, torch.cat(parts))
+        return out.index_add_(0, token, torch.cat(parts).mul_(gates))
 
     def add_by_backend(self, out: Tensor, x: Tensor, chosen: Tensor, scores: Tensor) -> Tensor:
         experts = BACKENDS[self.backend]

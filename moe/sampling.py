@@ -12,7 +12,7 @@ from torch import Tensor
 from moe.attention import Cache
 from moe.checkpoint import Run
 from moe.config import MoeError, SampleConfig
-from moe.decoding import Decoder
+from moe.graphs import decoder
 from moe.layers import evaluating
 from moe.model import Transformer
 
@@ -62,7 +62,7 @@ def decode(
     half = (context + 1) // 2
     pieces, length, told = [tokens], tokens.shape[1], False  # the text, and how long it is
     cache: Cache | None = None
-    step: Decoder | None = None
+    step: Callable[[Tensor], Tensor] | None = None
     while True:
         if length > context:
             if on_overflow and not told:
@@ -74,10 +74,11 @@ def decode(
                 (window,) = pieces
                 cache = Cache(model.config, len(window), length, weight.device, weight.dtype)
                 last = model.hidden_states(window, cache)[0][:, -1]  # a prompt's other logits are never made
+                logits = model.lm_head(last).float()  # (B, V)
             else:
-                step = step or Decoder(model, cache)
-                last = step(pieces[-1].squeeze(1))  # (B, D)
-            new = draw(model.lm_head(last).float()[:, :vocab_size], config, generator)
+                step = step or decoder(model, cache)
+                logits = step(pieces[-1].squeeze(1))
+            new = draw(logits[:, :vocab_size], config, generator)
         pieces.append(new[:, None])
         length += 1
         yield new

@@ -155,7 +155,7 @@ def test_both_write_the_same_tokens_from_the_same_weights(tmp_path):
     theirs = bench_decode.open_in_transformers(bench_decode.export(run, tmp_path / "export"))
     ours = bench_decode.load(run, device="cpu").model
     texts = (Text(1, 4, 6), Text(3, 4, 6), Text(1, 8, 1))
-    rows = list(bench_decode.measure(ours, theirs, texts, rounds=1))
+    rows = list(bench_decode.measure(ours, theirs, texts, 1, "cpu"))
     assert all(row.further["same_tokens"] for row in rows)
     assert [row.shape["sequences"] for row in rows] == [1, 3, 1]
     assert rows[1].further["tokens_per_second"]["moe"] == pytest.approx(18 / rows[1].medians["moe"])
@@ -169,7 +169,7 @@ def test_texts_keep_within_a_runs_context(debug_run, tmp_path):
     assert Text(16, 64, 128).within(64) == Text(16, 32, 32)
     theirs = bench_decode.open_in_transformers(bench_decode.export(debug_run, tmp_path / "export"))
     ours = bench_decode.load(debug_run, device="cpu").model
-    (row,) = bench_decode.measure(ours, theirs, [Text(2, 64, 128).within(64)], rounds=1)
+    (row,) = bench_decode.measure(ours, theirs, [Text(2, 64, 128).within(64)], 1, "cpu")
     assert row.further["same_tokens"]
 
 

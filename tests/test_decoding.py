@@ -5,6 +5,7 @@ import torch
 from conftest import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe import decoding
 from moe.attention import Cache, RMSNorm
 from moe.config import ModelConfig, RopeScaling
 from moe.decoding import AHEAD, FETCHED_BYTES, FEW, Decoder, Turns, normalizer, product
@@ -38,13 +39,13 @@ KINDS = {
 }
 
 
-def logits_step_by_step(model, tokens: torch.Tensor, prompt: int, room: int = 8) -> torch.Tensor:
+def logits_step_by_step(model, tokens: torch.Tensor, prompt: int, room: int = 8, make=Decoder) -> torch.Tensor:
     """Of every position from the prompt's last on; those behind it by the decoder. (B, S) -> (B, S - prompt + 1, V)."""
     cache = Cache(model.config, len(tokens), room, tokens.device, model.embed_tokens.weight.dtype)
-    hidden = [model.hidden_states(tokens[:, :prompt], cache)[0][:, -1]]
-    step = Decoder(model, cache)
-    hidden += [step(tokens[:, at]) for at in range(prompt, tokens.shape[1])]
-    return model.lm_head(torch.stack(hidden, dim=1)).float()
+    logits = [model(tokens[:, :prompt], cache)[:, -1]]
+    step = make(model, cache)
+    logits += [step(tokens[:, at]) for at in range(prompt, tokens.shape[1])]
+    return torch.stack(logits, dim=1)
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 7, 40])
@@ -115,7 +116,7 @@ def test_weights_are_looked_at_not_copied():
         weight.mul_(1.5 if "norm" not in name else 1.1)
     behind = Cache(model.config, 1, 16, tokens.device, torch.float32)
     behind.entries, behind.length = [entries.clone() for entries in cache.entries], cache.length
-    wanted = model.hidden_states(tokens[:, 8:], behind)[0][:, -1]
+    wanted = model(tokens[:, 8:], behind)[:, -1]
     torch.testing.assert_close(step(tokens[:, 8]), wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -142,23 +143,28 @@ def test_a_token_takes_less_than_half_the_operations_of_the_models_forward():
     with Count() as decoder:
         step(tokens[:, 8])
     with Count() as forward:
-        model.hidden_states(tokens[:, 8:], cache)
+        model(tokens[:, 8:], cache)
     assert 2 * decoder.operations < forward.operations
 
 
-@pytest.mark.parametrize(("sequences", "threads"), [(1, 1), (FEW, 1), (FEW + 1, 3)])
+@pytest.mark.parametrize(
+    ("sequences", "vocabulary", "threads"), [(1, 64, {1}), (FEW, 64, {1}), (FEW + 1, 64, {3}), (1, 512, {1, 3})]
+)
 @torch.no_grad()
-def test_a_few_tokens_are_written_on_one_thread_and_the_others_come_back(sequences, threads):
+def test_a_few_tokens_meet_what_is_small_on_one_thread_and_the_others_come_back(
+    sequences, vocabulary, threads, monkeypatch
+):
+    monkeypatch.setattr(decoding, "ONE_THREAD_NUMBERS", 4096)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        model, tokens = build().eval(), torch.randint(64, (sequences, 8))
+        model, tokens = build(vocab_size=vocabulary).eval(), torch.randint(64, (sequences, 8))
         cache = Cache(model.config, sequences, 16, tokens.device, torch.float32)
         model.hidden_states(tokens, cache)
         step, new = Decoder(model, cache), tokens[:, 0]
         with Count() as seen:
             step(new)
-        assert seen.threads == {threads}
+        assert seen.threads == threads
         assert torch.get_num_threads() == 3
         with pytest.raises(IndexError):
             step(new + 1000)

@@ -67,7 +67,7 @@ def test_of_a_prompt_only_the_last_tokens_logits_are_made():
     model, made = build().eval(), []
     model.lm_head.register_forward_hook(lambda module, given, out: made.append(out.numel()))
     moe.generate(model, torch.randint(64, (2, 30)), 3)
-    assert made == [2 * 64] * 3
+    assert made == [2 * 64]  # those of what is written come from the decoder
 
 
 @pytest.mark.parametrize("attention", ["latent", "grouped"])

@@ -198,7 +198,7 @@ def token_by_token(model: Transformer, tokens: Tensor) -> Tensor:
     cache = Cache(model.config, len(tokens), tokens.shape[1], tokens.device, torch.float32)
     logits = [model(tokens[:, :1], cache)]
     step = Decoder(model, cache)
-    logits += [model.lm_head(step(tokens[:, at])).unsqueeze(1) for at in range(1, tokens.shape[1])]
+    logits += [step(tokens[:, at]).unsqueeze(1) for at in range(1, tokens.shape[1])]
     return torch.cat(logits, dim=1)
 
 

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from moe.attention import Cache
 from moe.checkpoint import RunFolder, State, load, tensors_of
 from moe.config import ModelConfig, RunConfig, TrainConfig
 from moe.cost import readable
-from moe.device import Runtime
+from moe.device import Runtime, resolve_device
 from moe.experts import MoE
 from moe.lab.bench import BenchError, Row, alternate, copy_bandwidth, medians, present, ratio
 from moe.model import Transformer
@@ -73,6 +73,7 @@ class DecodeBench:
     """Writing with this project against transformers' generate, on the same weights."""
 
     run: Path | None = None  # a run; by default a small model of random weights
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     rounds: int = 7
     json: bool = False  # print one JSON object
 
@@ -82,12 +83,13 @@ class DecodeBench:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             run = self.run or write_run(folder / "run", MODEL)
-            theirs = open_in_transformers(export(run, folder / "export"))
-            ours = load(run, device="cpu").model
+            device = resolve_device(self.device)[0]
+            theirs = open_in_transformers(export(run, folder / "export")).to(device)
+            ours = load(run, device=device).model
             further = {"transformers": importlib.metadata.version("transformers")}
             texts = [text.within(ours.config.max_position_embeddings) for text in TEXTS]
-            rows = measure(ours, theirs, texts, self.rounds)
-            present(rows, cells, "cpu", self.json, lambda rows: [memory_line(ours)], further)
+            rows = measure(ours, theirs, texts, self.rounds, device)
+            present(rows, cells, device, self.json, lambda rows: [memory_line(ours)], further)
 
 
 def write_run(path: Path, config: ModelConfig) -> Path:
@@ -130,15 +132,15 @@ def open_in_transformers(folder: Path) -> Any:
     return model
 
 
-def measure(ours: Transformer, theirs: Any, texts: Sequence[Text], rounds: int) -> Iterator[Row]:
+def measure(ours: Transformer, theirs: Any, texts: Sequence[Text], rounds: int, device: str) -> Iterator[Row]:
     """ratio: how many times faster this project is."""
-    bandwidth = copy_bandwidth(sum(tensor.nbytes for tensor in tensors_of(ours).values()), "cpu")
+    bandwidth = copy_bandwidth(sum(tensor.nbytes for tensor in tensors_of(ours).values()), device)
     for text in texts:
         generator = torch.Generator().manual_seed(text.sequences)
-        prompt = torch.randint(ours.config.vocab_size, (text.sequences, text.prompt), generator=generator)
+        prompt = torch.randint(ours.config.vocab_size, (text.sequences, text.prompt), generator=generator).to(device)
         ways = writers(ours, theirs, prompt, text.new_tokens)
         written = {name: way() for name, way in ways.items()}
-        times = alternate(ways, rounds)
+        times = alternate(ways, rounds, device=device)
         took, tokens = medians(times), text.sequences * text.new_tokens
         bound = bandwidth / step_bytes(ours, text.sequences) * text.sequences
         figures = {
