@@ -128,7 +128,7 @@ class RunFolder:
             "runtime": asdict(runtime),
             "data": data,
             "versions": versions(),
-            "hardware": hardware(runtime.device),
+            "hardware": hardware(runtime),
         }
         write_whole(self.path / "config.json", json.dumps(facts, indent=1).encode())
         write_whole(self.path / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())

@@ -257,8 +257,10 @@ def reuse_memory() -> bool:
     return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1))
 
 
-def hardware(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {torch.get_num_threads()} threads"
+def hardware(runtime: Runtime) -> str:
+    if runtime.device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{processor()}, {runtime.threads} thread{'s' * (runtime.threads > 1)}"
 
 
 def processor() -> str:

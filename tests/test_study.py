@@ -2,16 +2,19 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TEXT
 
 import train as training
 from moe.cost import count
 from moe.lab import __main__ as lab
 from moe.lab import study as front
+from moe.lab import study_runs
 from moe.lab.studies import Arm, Budget, Study, StudyError, configure, dense_twin, studies
 from moe.lab.study_plots import draw_study
 from moe.lab.study_runs import RESULTS, final_jobs, read_results, run_study, sweep_jobs, thin
@@ -32,10 +35,13 @@ class Fake:
     def __init__(self, lives: int = 1000, data: dict = DATA) -> None:
         self.made, self.lives, self.data = [], lives, data
 
-    def __call__(self, job, folder, budget) -> Outcome:
+    def __call__(self, jobs, out, budget) -> list[Outcome]:
         if len(self.made) == self.lives:
             raise KeyboardInterrupt
-        self.made.append(job.name)
+        self.made.append(" ".join(job.name for job in jobs))
+        return [self.outcome(job) for job in jobs]
+
+    def outcome(self, job) -> Outcome:
         price = 2 + 0.1 * "abc".index(job.arm) + 0.01 * job.seed + abs(job.config().optim.adam_lr - 0.002)
         curve = {"step": [1, 2], "tokens": [10, 20], "seconds": [30.0, 60.0], "flops": [1e3, 2e3]}
         curve["val_bits_per_byte"] = [price + 1, price]
@@ -107,9 +113,10 @@ def test_the_sweep_comes_first_at_a_seed_of_its_own_and_the_best_setting_is_used
 def test_a_sweep_may_have_a_budget_of_its_own(tmp_path):
     lengths = []
 
-    def watched(job, folder, budget):
+    def watched(jobs, out, budget):
+        (job,) = jobs
         lengths.append((job.stage, str(budget), job.changes["steps"] if budget.steps else job.changes["minutes"]))
-        return Fake()(job, folder, budget)
+        return Fake()(jobs, out, budget)
 
     study = replace(SWEPT, sweep=Budget(steps=5))
     results = run_study("x", study, tmp_path / "x", 1, watched)
@@ -120,10 +127,10 @@ def test_a_sweep_may_have_a_budget_of_its_own(tmp_path):
 
 
 def test_a_setting_that_diverges_in_the_sweep_is_not_chosen_and_one_that_diverges_later_ends_the_study(tmp_path):
-    def wild(job, folder, budget):
-        if job.changes.get("optim.adam_lr") == 0.002:
-            raise Diverged("step 7: the loss is nan")
-        return Fake()(job, folder, budget)
+    def wild(jobs, out, budget):
+        if jobs[0].changes.get("optim.adam_lr") == 0.002:
+            return [Diverged("step 7: the loss is nan")]
+        return Fake()(jobs, out, budget)
 
     results = run_study("x", SWEPT, tmp_path / "x", 1, wild)
     assert results.best() == {"a": 0, "b": 0}
@@ -143,6 +150,28 @@ def test_a_killed_study_goes_on_with_what_is_missing_and_ends_with_the_same_file
     assert killed.made + again.made == whole.made
     assert (tmp_path / "killed" / RESULTS).read_bytes() == (tmp_path / "whole" / RESULTS).read_bytes()
     run_study("x", SWEPT, tmp_path / "killed", 2, Fake(lives=0))  # finished: nothing is trained
+
+
+def test_arms_may_be_trained_together_seed_by_seed_and_setting_by_setting(tmp_path):
+    whole, killed, again = Fake(), Fake(4), Fake()
+    study = replace(SWEPT, together=True)
+    results = run_study("x", study, tmp_path / "whole", 2, whole)
+    assert whole.made[:3] == ["sweep-a-0 sweep-b-0", "sweep-b-1 sweep-a-1", "sweep-a-2 sweep-b-2"]
+    assert whole.made[3:] == ["a-1 b-1", "b-2 a-2"]
+    with pytest.raises(KeyboardInterrupt):
+        run_study("x", study, tmp_path / "killed", 2, killed)
+    assert run_study("x", study, tmp_path / "killed", 2, again) == results
+    assert killed.made + again.made == whole.made
+    assert "the arms of a seed at the same time" in front.in_words(summarize(results, study))
+    with pytest.raises(StudyError, match="another together"):
+        run_study("x", SWEPT, tmp_path / "whole", 2, Fake(lives=0))
+
+
+def test_on_a_gpu_arms_are_never_trained_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_runs, "resolve_device", lambda asked: ("cuda", "an NVIDIA GPU is there"))
+    fake = Fake()
+    run_study("x", replace(THREE, together=True), tmp_path / "x", 1, fake)
+    assert fake.made == ["a-1", "b-1", "c-1"]
 
 
 def test_more_seeds_can_be_added_later(tmp_path):
@@ -195,9 +224,9 @@ def test_a_damaged_results_file_is_refused(tmp_path, content):
 
 
 def test_a_results_file_stays_small_and_a_thinned_curve_keeps_its_ends(tmp_path):
-    def long(job, folder, budget):
-        outcome = Fake()(job, folder, budget)
-        return replace(outcome, curve={name: [123456.78] * 5000 for name in outcome.curve})
+    def long(jobs, out, budget):
+        outcomes = Fake()(jobs, out, budget)
+        return [replace(one, curve={name: [123456.78] * 5000 for name in one.curve}) for one in outcomes]
 
     for arms, seeds in ((3, 5), (3, 10)):
         run_study("x", replace(THREE, arms=THREE.arms[:arms]), tmp_path / str(seeds), seeds, long)
@@ -281,7 +310,10 @@ def test_what_is_published_is_shown_without_training_as_one_object_on_standard_o
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(front, "PUBLISHED", tmp_path)
     asked = studies()["scores"]
-    fake = lambda job, folder, budget: Fake()(replace(job, arm="abc"[len(job.arm) - 7]), folder, budget)  # noqa: E731
+
+    def fake(jobs, out, budget):
+        return Fake()([replace(job, arm="abc"[len(job.arm) - 7]) for job in jobs], out, budget)
+
     run_study("scores", asked, tmp_path / "made", 5, fake)
     (tmp_path / "made" / RESULTS).rename(tmp_path / "scores.json")
     monkeypatch.setattr("sys.argv", ["moe.lab", "study", "scores", "--show", "--json"])
@@ -344,13 +376,31 @@ def test_real_trainings_are_made_read_and_leave_no_checkpoints(tmp_path, monkeyp
 CLOCKED = replace(REAL, budget=Budget(minutes=0.005), arms=REAL.arms[:1])
 
 
+def test_trainings_at_the_same_time_share_the_threads_and_by_the_clock_are_made_anew_if_one_was_interrupted(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    pair = replace(CLOCKED, arms=REAL.arms, together=True)
+    jobs = final_jobs(pair, {}, 1)
+    first = train(jobs, tmp_path, pair.budget)
+    assert [run.finals["seconds"] >= 0.3 for run in first] == [True, True]
+    assert {run.machine.split(", ")[1] for run in first} == {"1 thread"}
+    assert train(jobs, tmp_path, pair.budget) == first
+    shutil.rmtree(tmp_path / "dense-1")
+    written = (tmp_path / "moe-1" / "metrics.jsonl").stat().st_mtime_ns
+    train(jobs, tmp_path, pair.budget)
+    assert (tmp_path / "moe-1" / "metrics.jsonl").stat().st_mtime_ns > written
+
+
 def test_by_the_clock_an_interrupted_training_is_made_anew(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     unfinished = ["--preset", "debug", "--data", str(TEXT), "--steps", "1", "--out", "moe-1", "--quiet"]
     assert training.main([*unfinished, "--seed", "9"]) == 0  # to continue it with another seed would be refused
-    outcome = train(final_jobs(CLOCKED, {}, 1)[0], Path("moe-1"), CLOCKED.budget)
+    (outcome,) = train(final_jobs(CLOCKED, {}, 1), Path(), CLOCKED.budget)
     assert outcome.finals["seconds"] >= 0.3
+    (again,) = train(final_jobs(CLOCKED, {}, 1), Path(), CLOCKED.budget)  # finished: it is only read
+    assert again == outcome
 
 
 @pytest.mark.parametrize(
@@ -365,12 +415,17 @@ def test_a_training_that_fails_says_why_and_one_that_diverges_is_told_from_other
 ):
     monkeypatch.chdir(tmp_path)
     job = final_jobs(REAL, {}, 1)[0]
-    with pytest.raises(StudyError, match=says) as raised:
-        train(replace(job, changes=job.changes | changes), tmp_path / "run", REAL.budget)
-    assert raised.type is kind
+    job = replace(job, changes=job.changes | changes)
+    if kind is Diverged:
+        (outcome,) = train([job], tmp_path, REAL.budget)
+        assert isinstance(outcome, Diverged)
+        assert says in str(outcome)
+    else:
+        with pytest.raises(StudyError, match=says):
+            train([job], tmp_path, REAL.budget)
 
 
 def test_without_the_training_script_a_study_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("moe.__file__", str(tmp_path / "moe" / "__init__.py"))
     with pytest.raises(StudyError, match=r"train.py is not there: .*checkout"):
-        train(final_jobs(CLOCKED, {}, 1)[0], tmp_path / "run", CLOCKED.budget)
+        train(final_jobs(CLOCKED, {}, 1), tmp_path, CLOCKED.budget)

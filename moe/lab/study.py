@@ -89,6 +89,8 @@ def notes(summary: Summary) -> list[str]:
     split = {"val": "validation", "test": "test"}[summary["split"]]
     budget, seeds = Budget(**summary["budget"]), len(summary["seeds"])
     trained = f"{budget} of training on {summary['data']}, {seeds} seed{'s' * (seeds > 1)}"
+    if summary["together"]:
+        trained += ", the arms of a seed at the same time, each on its share of the cores"
     said = [f"{trained}; bits per byte of the whole {split} split, mean ± standard error; lower is better."]
     if len(summary["arms"]) > 1:
         said.append(

@@ -1,8 +1,8 @@
 """Running a study: one training after another, each kept as a few numbers as soon as it ends.
 
 First, where arms have several settings to try, the sweep: every setting of every arm once, at a seed that is not used
-again; the best by validation loss is the arm's. Then the trainings that count, seed by seed, the arms in turns: a slow
-hour of the machine meets all of them alike.
+again; the best by validation loss is the arm's. Then the trainings that count, seed by seed, the arms in turns or at
+the same time: a slow hour of the machine meets all of them alike.
 
 What is left to do follows from what is stored, so a study that is killed goes on when the same command is given again.
 """
@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from filelock import FileLock, Timeout
 
 from moe.checkpoint import versions
 from moe.config import require, to_dict
+from moe.device import resolve_device
 from moe.files import write_whole
 from moe.lab.studies import Arm, Budget, Study, StudyError, configure
-from moe.lab.study_training import Diverged, Job, Stage, Trainer
+from moe.lab.study_training import Diverged, Job, Outcome, Stage, Trainer
 from moe.metrics import Record
 
 SWEEP_SEED = 0  # those that count are 1, 2, ...
@@ -73,10 +75,11 @@ def protocol_of(study: Study) -> dict[str, Any]:
     base["data"]["source"] = Path(base["data"]["source"]).name  # where the text lies is no part of what it is
     arms = [{"arm": arm.name, "changes": dict(arm.changes), "tries": list(map(dict, arm.tries))} for arm in study.arms]
     budgets = {"budget": study.budget} | ({"sweep": study.sweep} if study.sweep else {})
+    together = {"together": True} if study.together else {}
     lengths = {
         kind: {name: value for name, value in asdict(budget).items() if value} for kind, budget in budgets.items()
     }
-    return json.loads(json.dumps({**lengths, "arms": arms, "base": base}))  # as it will be read
+    return json.loads(json.dumps({**lengths, **together, "arms": arms, "base": base}))  # as it will be read
 
 
 def budget_of(study: Study, stage: Stage) -> Budget:
@@ -109,16 +112,23 @@ def keys(runs: Iterable[Record]) -> set[tuple[str, int, int]]:
     return {(run["arm"], run["setting"], run["seed"]) for run in runs}
 
 
-def left_to_do(study: Study, results: Results, seeds: int) -> list[Job]:
-    """In order; as long as there is a sweep to make, that alone."""
+def left_to_do(study: Study, results: Results, seeds: int) -> list[list[Job]]:
+    """In order, those together that are trained at the same time; as long as there is a sweep to make, that alone."""
     sweep = [each for each in sweep_jobs(study) if each.key not in keys(results.sweep)]
     if sweep:
-        return sweep
+        return grouped(study, sweep)
     best = results.best()
     lost = [arm.name for arm in study.arms if len(arm.tries) > 1 and arm.name not in best]
     if lost:
         raise StudyError(f"{results.study}: no setting of {lost[0]} came to an end: try lower learning rates")
-    return [each for each in final_jobs(study, best, seeds) if each.key not in keys(results.finals)]
+    return grouped(study, [each for each in final_jobs(study, best, seeds) if each.key not in keys(results.finals)])
+
+
+def grouped(study: Study, jobs: list[Job]) -> list[list[Job]]:
+    """The arms of a seed, or of a number among their settings, where they are trained at the same time."""
+    if not study.together or resolve_device(configure(study.preset, study.common).device)[0] != "cpu":
+        return [[job] for job in jobs]
+    return [list(group) for _, group in groupby(jobs, lambda job: job.setting if job.stage == "sweep" else job.seed)]
 
 
 def run_study(
@@ -134,25 +144,25 @@ def run_study(
         with FileLock(out / ".lock", timeout=0):
             results = open_results(name, study, path)
             total = len(sweep_jobs(study)) + trainings
-            while jobs := left_to_do(study, results, seeds):
+            while groups := left_to_do(study, results, seeds):
+                jobs, budget = groups[0], budget_of(study, groups[0][0].stage)
                 number = len(results.sweep) + len(results.finals) + 1
-                say(f"{number} of {total}  {jobs[0].name}, {budget_of(study, jobs[0].stage)}")
-                results = with_one_more(results, jobs[0], out, study, trainer, points)
+                say(f"{number} of {total}  {' and '.join(job.name for job in jobs)}, {budget}")
+                for job, outcome in zip(jobs, trainer(jobs, out, budget), strict=True):
+                    results = with_one_more(results, job, outcome, out, points)
                 results.write(path)
             return results
     except Timeout:
         raise StudyError(f"{out} is in use by another process: wait for it, or choose another --out") from None
 
 
-def with_one_more(results: Results, job: Job, out: Path, study: Study, trainer: Trainer, points: int) -> Results:
+def with_one_more(results: Results, job: Job, outcome: Outcome | Diverged, out: Path, points: int) -> Results:
     """The results with this training's; a sweep may meet one that diverges."""
     run: Record = {"arm": job.arm, "setting": job.setting, "seed": job.seed}
-    try:
-        outcome = trainer(job, out / job.name, budget_of(study, job.stage))
-    except Diverged as error:
+    if isinstance(outcome, Diverged):
         if job.stage == "final":
-            raise
-        return replace(results, sweep=(*results.sweep, run | {"diverged": str(error)}))
+            raise outcome
+        return replace(results, sweep=(*results.sweep, run | {"diverged": str(outcome)}))
     if results.data not in (None, outcome.data):
         shutil.rmtree(out / job.name, ignore_errors=True)  # or it would be found finished
         raise StudyError(f"{out} began with another text or tokenizer: give that one, or choose another --out")

@@ -122,6 +122,7 @@ def summarize(results: Results, study: Study) -> dict[str, Any]:
         "question": study.question,
         "split": split,
         "budget": results.protocol["budget"],
+        "together": results.protocol.get("together", False),
         "data": results.protocol["base"]["data"]["source"],
         "seeds": seeds,
         "machines": sorted({run["machine"] for run in runs}),

@@ -1,14 +1,17 @@
-"""One training of a study: train.py in a process of its own, and what is kept of it."""
+"""The trainings of a study: train.py in processes of their own, and what is kept of them."""
 
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 import moe
 from moe.checkpoint import RunFolder
@@ -62,46 +65,59 @@ class Diverged(StudyError):
     """A training whose loss was no longer finite. A sweep may meet one."""
 
 
-Trainer = Callable[[Job, Path, Budget], Outcome]
+Trainer = Callable[[Sequence[Job], Path, Budget], list[Outcome | Diverged]]
 
 
-def train(job: Job, folder: Path, budget: Budget) -> Outcome:
-    """Train in a process of its own, or go on, and read what came of it. By the clock a training that was interrupted
-    is made anew; by steps it is continued. Its checkpoints are removed."""
+def train(jobs: Sequence[Job], out: Path, budget: Budget) -> list[Outcome | Diverged]:
+    """Train at the same time, in processes of their own, or go on, and read what came of it. By the clock all are made
+    anew if one was interrupted; by steps each is continued. Their checkpoints are removed."""
     script = Path(moe.__file__).parents[1] / "train.py"
     if not script.is_file():
         raise StudyError(f"{script} is not there: a study runs it, so install from a checkout with pip install -e .")
-    run = RunFolder(folder)
-    if (outcome := read_outcome(run, budget)) is None:
-        if not budget.steps:
+    runs = [RunFolder(out / job.name) for job in jobs]
+    left = [job for job, run in zip(jobs, runs, strict=True) if read_outcome(run, budget) is None]
+    if left and not budget.steps:
+        left = list(jobs)
+        for run in runs:
             run.acquire()
             run.clear()
             run.lock.release()
-        command = [sys.executable, str(script), *job.flags(), "--out", str(folder), "--resume", "auto"]
-        status, complaints = run_process([*command, "--plain", "--quiet"])
-        if status:
-            said = complaints.split("\n")[-1].removeprefix("error: ") or f"exit status {status}"
-            kind = Diverged if said.startswith("step ") else StudyError
-            raise kind(f"{job.name}: {said}")
-        outcome = read_outcome(run, budget)
+    further = ["--resume", "auto", "--plain", "--quiet"]
+    commands = [[sys.executable, str(script), *job.flags(), "--out", str(out / job.name), *further] for job in left]
+    ended = dict(zip((job.name for job in left), run_processes(commands), strict=True))
+    return [outcome_of(job, run, budget, *ended.get(job.name, (0, ""))) for job, run in zip(jobs, runs, strict=True)]
+
+
+def outcome_of(job: Job, run: RunFolder, budget: Budget, status: int, complaints: str) -> Outcome | Diverged:
+    """Of a training whose process has ended with this status."""
+    if status:
+        said = complaints.split("\n")[-1].removeprefix("error: ") or f"exit status {status}"
+        if said.startswith("step "):
+            return Diverged(f"{job.name}: {said}")
+        raise StudyError(f"{job.name}: {said}")
+    outcome = read_outcome(run, budget)
     if outcome is None:
         raise StudyError(f"{job.name} was interrupted: the same command goes on")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
     return outcome
 
 
-def run_process(command: list[str]) -> tuple[int, str]:
-    """Its exit status and what it complained of. A Ctrl-C or SIGTERM that ends this process has that one save first."""
+def run_processes(commands: Sequence[list[str]]) -> list[tuple[int, str]]:
+    """At the same time, each with its share of the threads; their exit statuses and what they complained of. A Ctrl-C
+    or SIGTERM that ends this process has them save first."""
+    share = {"OMP_NUM_THREADS": str(max(torch.get_num_threads() // len(commands), 1))} if len(commands) > 1 else {}
+    processes: list[subprocess.Popen[str]] = []
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            try:
-                said = process.communicate()[1]
-            except KeyboardInterrupt:
-                process.terminate()
-                process.communicate()
-                raise
-        return process.returncode, said.strip()
+        for command in commands:
+            processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | share))
+        return [(process.wait(), said.strip()) for process, said in [(p, p.communicate()[1]) for p in processes]]
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.communicate()
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -133,7 +149,7 @@ def read_outcome(run: RunFolder, budget: Budget) -> Outcome | None:
         "flops": [float(f"{record['tokens'] * size.training_flops:.4g}") for record in seen],
         "val_bits_per_byte": [rounded(record["val_bits_per_byte"]) for record in seen],
     }
-    return Outcome(data, f"{hardware(runtime.device)}, {runtime.dtype}", finals, curve)
+    return Outcome(data, f"{hardware(runtime)}, {runtime.dtype}", finals, curve)
 
 
 def rounded(number: float | None) -> Any:
