@@ -17,7 +17,7 @@ NOTES = {
     "tiny": Note("any laptop, 2 to 3 minutes", "1.43 nats per character of the validation split"),
     "dense": Note("any laptop, 2 minutes", "tiny's twin without routing: 1.43 nats per character"),
     "debug": Note("anything, seconds", "shows that everything works"),
-    "wiki": Note("a laptop's CPU, an hour", "1.90 bits per byte of the last 5 MB after 10 minutes on two cores"),
+    "wiki": Note("a laptop's CPU, an hour", "1.67 bits per byte of the last 5 MB after 10 minutes on two cores"),
     "small": Note("a GPU of 24 GB or more", "not trained yet"),
     "v2-lite": Note("more than one GPU", "DeepSeek-V2-Lite as it was pretrained, not trained here"),
     "v3": Note("more than one machine", "DeepSeek-V3 as it was pretrained, not trained here"),
