@@ -111,7 +111,8 @@ def run_processes(commands: Sequence[list[str]]) -> list[tuple[int, str]]:
     try:
         for command in commands:
             processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | share))
-        return [(process.wait(), said.strip()) for process, said in [(p, p.communicate()[1]) for p in processes]]
+        complaints = [process.communicate()[1].strip() for process in processes]
+        return [(process.returncode, said) for process, said in zip(processes, complaints, strict=True)]
     except BaseException:
         for process in processes:
             process.terminate()
