@@ -18,7 +18,7 @@ import tyro
 import moe
 from moe.checkpoint import Run
 from moe.config import SampleConfig
-from moe.device import Dtype
+from moe.machine.device import Dtype
 from moe.sampling import SamplingError, sample, to_stderr
 
 

@@ -36,11 +36,11 @@ from moe.checkpoint import (
 )
 from moe.config import ConfigError, ModelConfig, MoeError, RunConfig, TrainConfig
 from moe.corpus import Corpus, prepare
-from moe.cost import activation_bytes, count, readable
 from moe.data import Batches, TokenStream
-from moe.device import DeviceError, resolve, resolve_device, reuse_memory, working_losses
 from moe.lab.pictures import draw_run
 from moe.lab.score import check_length, evaluate
+from moe.machine.cost import activation_bytes, count, readable
+from moe.machine.device import DeviceError, resolve, resolve_device, reuse_memory, working_losses
 from moe.metrics import CollapseAlarm, Display, Eta, MetricsLog, Wandb, clock, load_record, routing_record
 from moe.model import Transformer
 from moe.optim import Average, Optimizers, accumulate, mtp_weight

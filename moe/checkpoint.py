@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from moe.config import ConfigError, ModelConfig, MoeError, RunConfig, from_dict, to_dict
 from moe.data import Cursor
-from moe.device import Dtype, Runtime, check_room, hardware, resolve_device
-from moe.files import sync, sync_folder, write_whole
+from moe.machine.device import Dtype, Runtime, check_room, hardware, resolve_device
+from moe.machine.files import sync, sync_folder, write_whole
 from moe.model import Transformer
 from moe.optim import Average, Optimizers
 from moe.tokenizer import Tokenizer

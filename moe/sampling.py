@@ -12,7 +12,7 @@ from torch import Tensor
 from moe.attention import Cache
 from moe.checkpoint import Run
 from moe.config import MoeError, SampleConfig
-from moe.graphs import decoder
+from moe.decoding.graphs import decoder
 from moe.layers import evaluating
 from moe.model import Transformer
 

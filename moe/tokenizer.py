@@ -2,7 +2,7 @@
 
 Our own vocabularies hold all 256 bytes, so any text, and any sequence of bytes, can be written and comes back
 unchanged. One special token, `<|endoftext|>`, stands before every document; it is the context of the first token. It is
-never made from text that happens to spell it. How a vocabulary is learned from a text is in bpe.py.
+never made from text that happens to spell it. How a vocabulary is learned from a text is in corpus/bpe.py.
 """
 
 import base64

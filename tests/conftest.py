@@ -8,7 +8,7 @@ from torch import nn
 import train
 from moe import hub
 from moe.config import ModelConfig
-from moe.device import Runtime
+from moe.machine.device import Runtime
 from moe.model import Transformer
 
 TEXT = Path(__file__).parent.parent / "data" / "tinyshakespeare" / "input.txt"

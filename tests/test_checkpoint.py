@@ -21,8 +21,8 @@ import train
 from moe.checkpoint import CheckpointError, RunFolder, load_model, load_tensors, tensors_of, verify
 from moe.corpus import prepare
 from moe.data import TokenStream
-from moe.device import DeviceError
 from moe.lab.score import evaluate
+from moe.machine.device import DeviceError
 from moe.metrics import MetricsLog, read_metrics
 from moe.model import Transformer
 
@@ -411,7 +411,7 @@ def test_opening_a_run_draws_no_random_numbers(debug_run):
 def test_a_model_that_no_memory_here_could_hold_is_refused_with_what_would_help(debug_run, monkeypatch):
     def with_memory(share: float):
         needed = sum(tensor.nbytes for tensor in stored.values())
-        monkeypatch.setattr("moe.device.machine_bytes", lambda device: int(share * needed))
+        monkeypatch.setattr("moe.machine.device.machine_bytes", lambda device: int(share * needed))
 
     stored = load_tensors(RunFolder(debug_run).checkpoints()[-1] / "model.safetensors")
     with_memory(0.8)
@@ -422,7 +422,7 @@ def test_a_model_that_no_memory_here_could_hold_is_refused_with_what_would_help(
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(DeviceError, match=f"as {dtype}, .* take a smaller model"):
             moe.load(debug_run, dtype=dtype)
-    monkeypatch.setattr("moe.device.machine_bytes", lambda device: None)  # a system that does not say
+    monkeypatch.setattr("moe.machine.device.machine_bytes", lambda device: None)  # a system that does not say
     moe.load(debug_run)
 
 

@@ -19,7 +19,7 @@ from moe.config import (
     from_dict,
     to_dict,
 )
-from moe.device import resolve, resolve_device
+from moe.machine.device import resolve, resolve_device
 from moe.presets import presets
 
 GROUPED = {"attention": "grouped"}

@@ -20,10 +20,10 @@ from conftest import TEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.bpe import train_bpe
 from moe.config import DataConfig, MoeError
 from moe.corpus import build as corpus
 from moe.corpus import prepare, sources, streams
+from moe.corpus.bpe import train_bpe
 from moe.corpus.shards import HEADER, CorpusError, open_corpus, read_header
 from moe.corpus.sources import Files, SourceError, Unreachable
 from moe.corpus.streams import DATA_SETS, DataSet

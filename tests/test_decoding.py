@@ -5,10 +5,10 @@ import torch
 from conftest import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe import decoding
 from moe.attention import Cache, RMSNorm
 from moe.config import ModelConfig, RopeScaling
-from moe.decoding import AHEAD, FETCHED_BYTES, FEW, Decoder, Turns, normalizer, product
+from moe.decoding import decoder as decoding
+from moe.decoding.decoder import AHEAD, FETCHED_BYTES, FEW, Decoder, Turns, normalizer, product
 from moe.rotary import rotary_table, rotate
 
 YARN = RopeScaling("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0, mscale_all_dim=1.0)

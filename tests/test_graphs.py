@@ -7,10 +7,10 @@ from conftest import build
 from test_decoding import KINDS, logits_step_by_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe import graphs
 from moe.attention import Cache
-from moe.decoding import Decoder
-from moe.graphs import GraphDecoder, Room, decoder
+from moe.decoding import graphs
+from moe.decoding.decoder import Decoder
+from moe.decoding.graphs import GraphDecoder, Room, decoder
 
 
 def graph_decoder(model, cache: Cache) -> GraphDecoder:

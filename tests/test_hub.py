@@ -213,7 +213,7 @@ def interrupted(*_):
 def test_an_import_begins_again_over_what_a_killed_one_left_and_says_when_memory_will_not_do(tmp_path, monkeypatch):
     theirs = saved(tmp_path / "theirs", context=4096)
     with monkeypatch.context() as patch:
-        patch.setattr("moe.device.machine_bytes", lambda device: 1000)
+        patch.setattr("moe.machine.device.machine_bytes", lambda device: 1000)
         with pytest.raises(moe.MoeError, match="this machine has"):
             hub.import_run(theirs, tmp_path / "run")
     with monkeypatch.context() as patch:

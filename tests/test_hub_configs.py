@@ -9,11 +9,11 @@ from conftest import SMALL
 from published import PUBLISHED
 
 from moe.config import ModelConfig, RopeScaling
-from moe.cost import count
 from moe.hub.configs import canonical, family_of, obstacles, read_config, write_config
 from moe.hub.families import FAMILIES
 from moe.hub.folder import HubError
 from moe.hub.parity import draw
+from moe.machine.cost import count
 from moe.rotary import frequencies, softmax_magnitude, table_magnitude
 from moe.router import Router
 

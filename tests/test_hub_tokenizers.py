@@ -14,10 +14,10 @@ from tokenizers import Tokenizer as Core
 from transformers import AutoTokenizer
 
 import moe
-from moe.bpe import train_bpe
 from moe.checkpoint import Run
 from moe.config import DataConfig, RunConfig, SampleConfig
 from moe.corpus import prepare
+from moe.corpus.bpe import train_bpe
 from moe.hub.tokenizers import read_tokenizer, write_tokenizer
 from moe.imported import HubTokenizer
 from moe.lab.score import prices_of

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import CPU, SMALL, build
 
-from moe import device
 from moe import model as room
 from moe.attention import Cache
 from moe.config import ConfigError, ModelConfig, TrainConfig
-from moe.cost import activation_bytes, count
-from moe.device import DeviceError, Runtime, resolve, working_losses
+from moe.machine import device
+from moe.machine.cost import activation_bytes, count
+from moe.machine.device import DeviceError, Runtime, resolve, working_losses
 from moe.model import IGNORE, Transformer
 from moe.presets import presets
 
@@ -164,7 +164,7 @@ def test_the_micro_batch_is_what_fits_the_memory(monkeypatch):
     assert resolve(tiny)[0].micro_batch_size == 16
     for fits in (1, 2, 4):
         memory = count(tiny.sized_model).training_bytes + 4 * 1.4 * activation_bytes(tiny.sized_model, fits, 256)
-        monkeypatch.setattr("moe.device.machine_bytes", lambda device, memory=memory: memory)
+        monkeypatch.setattr("moe.machine.device.machine_bytes", lambda device, memory=memory: memory)
         assert resolve(tiny)[0].micro_batch_size == fits
     assert resolve(on_cpu("tiny", micro_batch_size=2))[0].micro_batch_size == 2
 
@@ -172,7 +172,7 @@ def test_the_micro_batch_is_what_fits_the_memory(monkeypatch):
 def test_a_model_that_no_memory_here_could_train_is_refused_before_it_is_built(monkeypatch):
     with pytest.raises(DeviceError, match=r"671.0B parameters takes 9,.*GB.*choose a smaller --preset"):
         resolve(on_cpu("v3"))
-    monkeypatch.setattr("moe.device.machine_bytes", lambda device: None)  # a system that does not say
+    monkeypatch.setattr("moe.machine.device.machine_bytes", lambda device: None)  # a system that does not say
     assert resolve(on_cpu("v3"))[0].micro_batch_size == 1
 
 

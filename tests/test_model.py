@@ -7,8 +7,8 @@ import torch
 from conftest import CPU, build, transformers_twin
 
 from moe.config import ConfigError, ModelConfig, RopeScaling
-from moe.cost import count
 from moe.experts import MLP
+from moe.machine.cost import count
 from moe.model import IGNORE, Transformer
 from moe.optim import Optimizers, accumulate
 from moe.presets import presets

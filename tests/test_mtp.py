@@ -9,7 +9,7 @@ from conftest import CPU, SMALL, build
 from torch import nn
 
 from moe.config import OptimConfig
-from moe.cost import count
+from moe.machine.cost import count
 from moe.model import IGNORE, Transformer
 from moe.optim import Optimizers, accumulate, mtp_weight
 

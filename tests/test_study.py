@@ -11,7 +11,6 @@ import torch
 from conftest import TEXT
 
 import train as training
-from moe.cost import count
 from moe.lab import __main__ as lab
 from moe.lab import study as front
 from moe.lab import study_runs
@@ -20,6 +19,7 @@ from moe.lab.study_plots import draw_study
 from moe.lab.study_runs import RESULTS, final_jobs, read_results, run_study, sweep_jobs, thin
 from moe.lab.study_summary import compare, estimate, race, seconds_at, summarize
 from moe.lab.study_training import Diverged, Outcome, train
+from moe.machine.cost import count
 
 DATA = {"text": "t", "tokenizer": "k"}
 TRIES = ({"optim.adam_lr": 0.001}, {"optim.adam_lr": 0.002}, {"optim.adam_lr": 0.004})

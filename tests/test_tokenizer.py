@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.bpe import train_bpe
+from moe.corpus.bpe import train_bpe
 from moe.tokenizer import END_OF_TEXT, SINGLE_BYTES, Tokenizer, TokenizerError, bytes_tokenizer, gpt2_tokenizer
 
 TEXT = "the cat sat on the mat, the rat sat on the hat.\nThe end is 1234567, ça va? 日本語日本語\n" * 3

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from moe.bpe import train_bpe
 from moe.config import DataConfig, MoeError
+from moe.corpus.bpe import train_bpe
 from moe.corpus.shards import FORMAT, Corpus, CorpusError, Encoded, ShardWriter, dtype_of, finished_shards, open_corpus
 from moe.corpus.sources import SPLITS, START, Advance, Source, Unit, Unreachable
 from moe.corpus.streams import DATA_SETS, open_source
-from moe.files import write_whole
+from moe.machine.files import write_whole
 from moe.tokenizer import Tokenizer, bytes_tokenizer, gpt2_tokenizer
 
 SHARD_TOKENS = 1 << 24  # a shard is closed behind the unit that brings it here

@@ -15,7 +15,7 @@ import numpy as np
 
 from moe.config import ConfigError, MoeError, from_dict
 from moe.corpus.sources import SPLITS, START, Position
-from moe.files import sync_folder
+from moe.machine.files import sync_folder
 from moe.tokenizer import Tokenizer
 
 FORMAT = 2

@@ -35,7 +35,7 @@ from moe.corpus.sources import (
     fingerprint,
     text_of,
 )
-from moe.files import sync
+from moe.machine.files import sync
 
 T = TypeVar("T")
 DOWNLOADS = Path("out/data/downloads")

@@ -14,13 +14,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from moe.command import run_commands
 from moe.config import MoeError
-from moe.cost import count, readable
-from moe.device import Dtype
 from moe.hub.configs import Reading
 from moe.hub.exports import SHARD_BYTES, export_run
 from moe.hub.imports import import_run
+from moe.machine.command import run_commands
+from moe.machine.cost import count, readable
+from moe.machine.device import Dtype
 from moe.tokenizer import NoTokenizer
 
 Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from moe.checkpoint import RunFolder, StoredRun
 from moe.config import ModelConfig
-from moe.cost import count, readable
 from moe.hub.families import Family
+from moe.machine.cost import count, readable
 from moe.metrics import clock, read_metrics
 from moe.tokenizer import NoTokenizer, Tokenizer
 

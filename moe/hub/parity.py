@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moe.attention import Cache
-from moe.decoding import Decoder
+from moe.decoding.decoder import Decoder
 from moe.hub.exports import save
 from moe.hub.families import FAMILIES, Family, family_named
 from moe.hub.folder import FP8, SCALE, HubError, dequantise

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe.files import sync, sync_folder
 from moe.hub.folder import CONFIG, INDEX, SINGLE, HubError
+from moe.machine.files import sync, sync_folder
 
 
 class Planned(NamedTuple):

@@ -16,8 +16,6 @@ from typing import Annotated
 import tyro
 
 import moe
-from moe.command import run_commands
-from moe.device import Dtype
 from moe.lab import study
 from moe.lab.bench_decode import DecodeBench
 from moe.lab.bench_layer import LayerBench
@@ -27,6 +25,8 @@ from moe.lab.study_plots import draw_study
 from moe.lab.study_runs import run_study
 from moe.lab.study_summary import summarize
 from moe.lab.study_training import train
+from moe.machine.command import run_commands
+from moe.machine.device import Dtype
 
 Bench = (
     Annotated[LayerBench, tyro.conf.subcommand("layer")]

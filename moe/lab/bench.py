@@ -18,7 +18,7 @@ import torch
 
 from moe.checkpoint import versions
 from moe.config import MoeError
-from moe.device import processor
+from moe.machine.device import processor
 
 Way = Callable[[], object]
 Times = Mapping[str, Sequence[float]]

@@ -29,10 +29,10 @@ import moe
 from moe.attention import Cache
 from moe.checkpoint import RunFolder, State, load, tensors_of
 from moe.config import ModelConfig, RunConfig, TrainConfig
-from moe.cost import readable
-from moe.device import Runtime, resolve_device
 from moe.experts import MoE
 from moe.lab.bench import BenchError, Row, alternate, copy_bandwidth, medians, present, ratio
+from moe.machine.cost import readable
+from moe.machine.device import Runtime, resolve_device
 from moe.model import Transformer
 from moe.sampling import generate
 from moe.tokenizer import NoTokenizer

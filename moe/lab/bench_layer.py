@@ -19,9 +19,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from moe.config import ModelConfig
-from moe.device import Dtype, resolve_device, reuse_memory
 from moe.experts import MLP, MoE, choose_backend
 from moe.lab.bench import Row, alternate, geometric_mean, medians, present, ratio, settle
+from moe.machine.device import Dtype, resolve_device, reuse_memory
 
 LENGTH = 256  # tokens of a sequence
 PRODUCTS = ("mm", "linear", "gemm", "cutlass", "xmma")  # in the names of operations and kernels

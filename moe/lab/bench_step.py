@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 
 from moe.config import RunConfig
-from moe.cost import count
-from moe.device import Runtime, resolve, reuse_memory, working_losses
 from moe.lab.bench import BenchError, Row, alternate, medians, present, ratio
+from moe.machine.cost import count
+from moe.machine.device import Runtime, resolve, reuse_memory, working_losses
 from moe.model import Losses, Transformer
 from moe.optim import Average, Optimizers, accumulate, mtp_weight
 from moe.presets import presets

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe.cost import readable
 from moe.lab.bench import line
 from moe.lab.studies import Budget, Study, StudyError, studies
 from moe.lab.study_runs import RESULTS, Results, read_results
 from moe.lab.study_summary import CLEAR, FEWEST
+from moe.machine.cost import readable
 
 PUBLISHED = Path(__file__).parent / "results"  # a study's results.json, kept here as NAME.json
 Summary = dict[str, Any]

@@ -16,9 +16,9 @@ import torch
 import moe
 from moe.checkpoint import RunFolder
 from moe.config import MoeError, RunConfig
-from moe.cost import count
-from moe.device import hardware
 from moe.lab.studies import Budget, Changes, StudyError, configure, flags
+from moe.machine.cost import count
+from moe.machine.device import hardware
 from moe.metrics import read_metrics
 
 Stage = Literal["sweep", "final"]

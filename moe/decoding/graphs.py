@@ -1,4 +1,4 @@
-"""A new token in one call to the GPU: the step of decoding.py, recorded as a CUDA graph.
+"""A new token in one call to the GPU: the step of decoder.py, recorded as a CUDA graph.
 
 Notation: B sequences, L positions there is room for, p rotated numbers of a head.
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moe.attention import Cache
-from moe.decoding import DecodedMoE, Decoder, Memory
+from moe.decoding.decoder import DecodedMoE, Decoder, Memory
 from moe.model import Transformer
 
 ROOM = 256  # positions at least: fewer recordings

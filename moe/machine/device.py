@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 
 from moe.config import MoeError, RunConfig
-from moe.cost import activation_bytes, count, machine_bytes
 from moe.experts import choose_backend
+from moe.machine.cost import activation_bytes, count, machine_bytes
 from moe.model import Losses, Transformer
 
 LossFunction = Callable[..., Losses]
