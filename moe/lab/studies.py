@@ -4,8 +4,8 @@ A study compares arms. An arm is a preset with some fields changed, some of them
 the same seeds under the same budget, by default the same seconds of the training clock. Where arms want different
 learning rates, each gets the same number of settings to try first.
 
-Arms are trained one after the other, in turns; or, where the clock alone shall decide, at the same time, each on its
-share of a CPU's cores: a machine's pace moves by tens of percent within minutes, and then moves for all arms alike.
+On a CPU, arms that the clock shall compare are trained at the same time, each on its share of the cores: a machine's
+pace moves by tens of percent within minutes, and then moves for all arms alike. On a GPU they take turns.
 """
 
 from collections.abc import Mapping
