@@ -6,6 +6,7 @@ python sample.py --num-samples 3 --seed 7     several at once, repeatable
 python sample.py -i                           ask again and again
 """
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 import moe
@@ -38,8 +40,8 @@ class Arguments:
 
 def read_prompt(args: Arguments) -> str:
     """The prompt, from wherever it comes. Bytes that are not UTF-8 stay what they are."""
-    if args.prompt is not None and args.prompt_file is not None:
-        raise SamplingError("--prompt and --prompt-file exclude each other")
+    if (args.prompt is not None) + (args.prompt_file is not None) + args.interactive > 1:
+        raise SamplingError("--prompt, --prompt-file and --interactive exclude each other")
     if args.prompt_file is None:
         return args.prompt or ""
     try:
@@ -92,6 +94,8 @@ def show(run: Run, args: Arguments, prompt: str) -> None:
 
 def converse(answer: Callable[[str], None]) -> None:
     print("Write the beginning of a text; an empty line ends.", file=sys.stderr)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 stay what they are
     while True:
         try:
             print("> ", end="", file=sys.stderr, flush=True)
@@ -118,6 +122,9 @@ def main() -> int:
             show(run, args, prompt)
     except moe.MoeError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory: lower --num-samples, or pass --dtype bfloat16", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

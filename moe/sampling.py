@@ -23,10 +23,13 @@ class SamplingError(MoeError):
 
 def draw(logits: Tensor, config: SampleConfig, generator: torch.Generator | None = None) -> Tensor:
     """One token for each row: temperature, then top-k, top-p and min-p, then chance. (B, V) float -> (B,) int64."""
+    best, likeliest = logits.max(-1)  # what is not a number counts as the largest
+    if not best.isfinite().all():
+        raise SamplingError("the model's outputs are not finite: its weights or its configuration are damaged")
     if config.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(config.temperature, 1e-20)  # 0 at most: nothing overflows
+        return likeliest
+    below = logits.float() - best.float().unsqueeze(-1)  # 0 at most: nothing overflows
+    logits = below / max(config.temperature, 1e-20)
     if 0 < config.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(config.top_k).values[..., -1:], -torch.inf)
     if config.top_p < 1:
@@ -37,8 +40,6 @@ def draw(logits: Tensor, config: SampleConfig, generator: torch.Generator | None
         chances = logits.softmax(-1)
         logits = logits.masked_fill(chances < config.min_p * chances.amax(-1, keepdim=True), -torch.inf)
     chances = logits.softmax(-1).cpu()  # drawn on the CPU: a seed gives the same text on every device
-    if not chances.isfinite().all():
-        raise SamplingError("the model's outputs are not finite: its weights or its configuration are damaged")
     return torch.multinomial(chances, 1, generator=generator).squeeze(-1).to(logits.device)
 
 

@@ -94,9 +94,17 @@ def test_a_profile_shares_the_whole_time_out(capsys, monkeypatch):
     (row,) = LayerBench(dtype="float32", backend="loop", rounds=1).measure(bench_layer.profiled, "cpu")
     assert row.medians.keys() == {"products", "pointwise", "routing"}
     assert row.ratio == pytest.approx(row.medians["routing"] / sum(row.medians.values()))
-    kinds = {"aten::mm": "products", "aten::_grouped_mm": "products", "aten::silu_backward": "pointwise"}
+    kinds = {
+        "aten::mm": "products",
+        "aten::_grouped_mm": "products",
+        "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNN": "products",
+        "aten::silu_backward": "pointwise",
+        "void at::native::vectorized_elementwise_kernel<4, silu>": "pointwise",
+        "aten::argsort": "routing",
+        "aten::topk": "routing",
+        "void at::native::_scatter_gather_elementwise_kernel<128, 8>": "routing",
+    }
     assert {name: bench_layer.kind_of(name) for name in kinds} == kinds
-    assert bench_layer.kind_of("aten::argsort") == bench_layer.kind_of("aten::topk") == "routing"
 
 
 def test_a_step_trains_as_train_py_does_and_tells_its_speed(capsys, monkeypatch):
@@ -126,6 +134,34 @@ def test_unknown_and_equal_presets_are_refused():
         StepBench(preset="nope").main()
     with pytest.raises(BenchError, match="two presets"):
         StepBench(preset="debug", against="debug", device="cpu").main()
+    with pytest.raises(BenchError, match=r"steps of tiny have 4,096 tokens and of debug 512.*leave --against out"):
+        StepBench(against="debug", device="cpu").main()
+
+
+@pytest.mark.parametrize("preset", ["tiny", "wiki"])
+def test_a_preset_is_measured_against_its_dense_twin(preset):
+    ours, twin = StepBench(preset, device="cpu").configs()
+    assert (ours.model.num_moe_layers > 0, twin.model.num_moe_layers) == (True, 0)
+    active = [bench_step.count(config.model).active for config in (ours, twin)]
+    assert active[1] == pytest.approx(active[0], rel=0.01)
+    assert ours.train == twin.train
+
+
+@pytest.mark.parametrize("arguments", [("layer",), ("layer", "--profile"), ("step",), ("decode",)])
+def test_no_rounds_are_refused_in_one_line(capsys, monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["moe.lab", "bench", *arguments, "--device", "cpu", "--rounds", "0"])
+    assert lab.main() == 2
+    assert capsys.readouterr().err == "error: --rounds 0 must be greater than 0\n"
+
+
+def test_a_gpu_that_is_too_small_is_one_line(capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench_layer, "layers", full)
+    monkeypatch.setattr(sys, "argv", ["moe.lab", "bench", "layer", "--device", "cpu"])
+    assert lab.main() == 2
+    assert capsys.readouterr().err.startswith("error: out of GPU memory: ")
 
 
 def test_experts_touched_by_hand():

@@ -100,6 +100,21 @@ def test_where_recording_fails_writing_goes_on_and_says_so_once(monkeypatch):
     torch.testing.assert_close(got, model(tokens)[:, 4:], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("backend", "dtype", "capability", "wanted"),
+    [
+        ("loop", torch.bfloat16, (9, 0), True),
+        ("gather", torch.float32, (8, 0), False),
+        ("grouped", torch.bfloat16, (9, 0), False),
+        ("grouped", torch.bfloat16, (8, 6), True),
+        ("grouped", torch.float32, (9, 0), True),
+    ],
+)
+def test_what_has_to_wait_for_the_choices_is_never_recorded(backend, dtype, capability, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert graphs.waits(backend, dtype) is wanted
+
+
 def test_without_a_gpu_nothing_is_recorded():
     model = build().eval()
     assert isinstance(decoder(model, Cache(model.config, 1, 8, torch.device("cpu"), torch.float32)), Decoder)

@@ -165,6 +165,15 @@ def test_impossible_settings_are_refused_by_name(setting):
         SampleConfig(**setting)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_outputs_that_are_not_finite_are_never_drawn_from(temperature, broken):
+    logits = torch.zeros(2, 8)
+    logits[1, 3] = broken
+    with pytest.raises(SamplingError, match="not finite"):
+        draw(logits, SampleConfig(temperature=temperature))
+
+
 def test_tokens_without_a_position_are_refused():
     with pytest.raises(SamplingError, match=r"\(1, 0\)"):
         moe.generate(build(), torch.zeros(1, 0, dtype=torch.int64), 1)

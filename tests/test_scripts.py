@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TEXT
 
 ROOT = Path(__file__).parent.parent
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 def run(*arguments, cwd, stdin: bytes = b"") -> subprocess.CompletedProcess:
@@ -46,7 +48,7 @@ def trained(tmp_path_factory):
 
 def test_training_tells_its_plan_its_result_and_what_to_do_next(trained):
     folder, output = trained
-    for wanted in ("parameters", "active", "no GPU", "balance loss", "MaxVio", "tok/s", "ETA"):
+    for wanted in ("parameters", "active", "device", "balance loss", "MaxVio", "tok/s", "ETA"):
         assert wanted in output
     assert "nats per character" in output
     assert "bits per byte" in output
@@ -96,6 +98,9 @@ def test_samples_as_json_are_one_object_and_nothing_else(trained):
     result = json.loads(said(run(*command, cwd=trained[0], stdin=b"KING \xff")))
     assert result["prompt"] == "KING \ufffd"
     assert [len(sample["tokens"]) for sample in result["samples"]] == [4, 4, 4]
+    asked = run("sample.py", "out/debug", "-i", "--max-new-tokens", "2", cwd=trained[0], stdin=b"caf\xe9\n\n")
+    assert asked.returncode == 0
+    assert asked.stdout.startswith(b"caf\xe9")
 
 
 def test_scoring_a_file(trained):
@@ -170,11 +175,12 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_goes_on(tmp_path):
         (("train.py", "--preset", "debug", "--model.num-experts-per-tok", "9"), "num_experts_per_tok = 9"),
         (("train.py", "--model.qk-rope-head-dim", "7"), "qk_rope_head_dim = 7"),
         (("train.py", "--out", "run", "--resume", "must"), "holds no complete checkpoint"),
-        (("train.py", "--device", "cuda"), "--device auto"),
+        pytest.param(("train.py", "--device", "cuda"), "--device auto", marks=WITHOUT_GPU),
         (("sample.py",), "python train.py"),
         (("sample.py", "nowhere"), "no run"),
         (("sample.py", "--temperature", "-1"), "temperature"),
         (("sample.py", "--prompt", "a", "--prompt-file", "b"), "exclude"),
+        (("sample.py", "-i", "--prompt", "a"), "exclude"),
         (("sample.py", "--prompt-file", "nowhere"), "nowhere"),
         (("-m", "moe.lab", "score", "nowhere", "short.txt"), "no run"),
         (("data/prepare.py", "binary.txt", "--out", "x"), "--errors replace"),

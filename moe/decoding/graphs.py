@@ -28,8 +28,18 @@ Step = Callable[[], Tensor]
 def decoder(model: Transformer, cache: Cache) -> Callable[[Tensor], Tensor]:
     """The fastest way to write behind a cache, called as Decoder is."""
     step = Decoder(model, cache)
-    waits = any(isinstance(mlp, DecodedMoE) and mlp.backend == "loop" for *_, mlp in step.blocks)  # for the choices
-    return step if waits or step.embedding.device.type != "cuda" else GraphDecoder(step)
+    if step.embedding.device.type != "cuda":
+        return step
+    backends = {mlp.backend for *_, mlp in step.blocks if isinstance(mlp, DecodedMoE)}
+    return step if any(waits(backend, step.embedding.dtype) for backend in backends) else GraphDecoder(step)
+
+
+def waits(backend: str, dtype: torch.dtype) -> bool:
+    """Whether a GPU's experts need to know on the CPU who was chosen: the loop, and the products that PyTorch puts in
+    the place of grouped ones, which it has itself for bfloat16 from compute capability 9.0 on."""
+    if backend == "grouped":
+        return dtype != torch.bfloat16 or torch.cuda.get_device_capability() < (9, 0)
+    return backend == "loop"
 
 
 class Room(Memory):
@@ -99,15 +109,18 @@ class GraphDecoder:
 def recorded(step: Step) -> Step:
     """To be called for the same again. What libraries do when they are first used is no part of a graph, so the step is
     run before, in a stream of its own, as PyTorch's documentation of CUDA graphs has it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step()
+    try:
+        with torch.cuda.graph(graph):
+            logits = step()
+    finally:
+        torch.cuda.set_stream(before)  # a recording that fails does not come back to it by itself
 
     def replay() -> Tensor:
         graph.replay()

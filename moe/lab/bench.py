@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from moe.checkpoint import versions
-from moe.config import MoeError
+from moe.config import MoeError, require
 from moe.machine.device import processor
 
 Way = Callable[[], object]
@@ -60,10 +60,14 @@ def alternate(ways: Mapping[str, Way], rounds: int, seconds: float = 60.0, devic
     return times
 
 
+def check_rounds(rounds: int) -> None:
+    require(rounds > 0, f"--rounds {rounds} must be greater than 0")
+
+
 def settle(device: str) -> None:
     """Wait for what a GPU still has to do."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if device != "cpu":
+        torch.accelerator.synchronize()
 
 
 def medians(times: Times) -> dict[str, float]:

@@ -30,7 +30,7 @@ from moe.attention import Cache
 from moe.checkpoint import RunFolder, State, load, tensors_of
 from moe.config import ModelConfig, RunConfig, TrainConfig
 from moe.experts import MoE
-from moe.lab.bench import BenchError, Row, alternate, copy_bandwidth, medians, present, ratio
+from moe.lab.bench import BenchError, Row, alternate, check_rounds, copy_bandwidth, medians, present, ratio
 from moe.machine.cost import readable
 from moe.machine.device import Runtime, resolve_device
 from moe.model import Transformer
@@ -78,6 +78,7 @@ class DecodeBench:
     json: bool = False  # print one JSON object
 
     def main(self) -> None:
+        check_rounds(self.rounds)
         if importlib.util.find_spec("transformers") is None:
             raise BenchError("bench decode compares with transformers: pip install transformers")
         with tempfile.TemporaryDirectory() as temporary:

@@ -20,11 +20,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from moe.config import ModelConfig
 from moe.experts import MLP, MoE, choose_backend
-from moe.lab.bench import Row, alternate, geometric_mean, medians, present, ratio, settle
+from moe.lab.bench import Row, alternate, check_rounds, geometric_mean, medians, present, ratio, settle
 from moe.machine.device import Dtype, resolve_device, reuse_memory
 
 LENGTH = 256  # tokens of a sequence
-PRODUCTS = ("mm", "linear", "gemm", "cutlass", "xmma")  # in the names of operations and kernels
+PRODUCTS = ("mm", "linear", "gemm", "cutlass", "xmma", "nvjet")  # in the names of operations and kernels
+MOVES = ("index", "gather", "scatter", "sort", "embedding")
 POINTWISE = ("silu", "mul", "copy", "convert", "elementwise", "fused", "::add", "::cat")
 
 
@@ -64,6 +65,7 @@ class LayerBench:
     json: bool = False  # print one JSON object
 
     def main(self) -> None:
+        check_rounds(self.rounds)
         device = resolve_device(self.device)[0]
         if device == "cpu":
             reuse_memory()
@@ -77,6 +79,7 @@ class LayerBench:
             for compiled in (False, True)[: 1 + self.compile]:
                 for dtype in dtypes:
                     for cell in CELLS + FINE * self.fine:
+                        torch.compiler.reset()  # or what was compiled for other shapes counts against a limit
                         yield compare(cell, backend, dtype, device, compiled, self.rounds)
 
     def below(self, rows: list[Row]) -> list[str]:
@@ -135,12 +138,16 @@ def shape_of(cell: Cell, backend: str, dtype: str, device: str, compiled: bool, 
     }
 
 
+def compiled_as(wanted: bool, layer: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    return torch.compile(layer, dynamic=False) if wanted else layer
+
+
 def compared(cell: Cell, backend: str, dtype: str, device: str, compiled: bool, rounds: int) -> Row:
     mixture, dense = layers(cell, backend, device)
     shape = shape_of(cell, backend, dtype, device, compiled, mixture.config)
     ways = {}
     for name, layer in (("moe", mixture.forward_with_stats), ("dense", dense)):
-        ways[name] = passes(torch.compile(layer, dynamic=False) if compiled else layer, cell, dtype, device)
+        ways[name] = passes(compiled_as(compiled, layer), cell, dtype, device)
     times = alternate(ways, rounds, device=device)
     counted = cell in CELLS and not compiled
     return Row(shape, medians(times), ratio(times, "moe", "dense"), {"counted": counted})
@@ -150,8 +157,7 @@ def profiled(cell: Cell, backend: str, dtype: str, device: str, compiled: bool, 
     """ratio: the part of the mixture's time that is neither a matrix product nor pointwise."""
     mixture = layers(cell, backend, device)[0]
     shape = shape_of(cell, backend, dtype, device, compiled, mixture.config)
-    layer = mixture.forward_with_stats
-    both = passes(torch.compile(layer, dynamic=False) if compiled else layer, cell, dtype, device)
+    both = passes(compiled_as(compiled, mixture.forward_with_stats), cell, dtype, device)
     for _ in range(2):
         both()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
@@ -173,7 +179,8 @@ def kind_of(operation: str) -> str:
     name = operation.lower()
     if any(part in name for part in PRODUCTS):
         return "products"
-    return "pointwise" if any(part in name for part in POINTWISE) else "routing"
+    moves = any(part in name for part in MOVES)
+    return "pointwise" if not moves and any(part in name for part in POINTWISE) else "routing"
 
 
 def named(row: Row) -> dict[str, str]:

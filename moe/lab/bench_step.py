@@ -1,8 +1,9 @@
-"""A whole training step of one preset against another's: forward, backward, clipping, optimizer, balance, average.
+"""A whole training step of a preset against its dense twin's, or another preset's.
 
-The steps are those of train.py, on random tokens; what lies between them there (reading text, logs, evaluation) is left
-out. Utilisation is of the operations that the active parameters and attention take, over the device's peak: NVIDIA's
-figure where it is known, otherwise what one large product reaches here.
+The steps are those of train.py, on random tokens: forward, backward, clipping, optimizer, balance, average. What lies
+between them there (reading text, logs, evaluation) is left out. Utilisation is of the operations that the active
+parameters and attention take, over the device's peak: NVIDIA's figure where it is known, otherwise what one large
+product reaches here.
 """
 
 import math
@@ -13,23 +14,24 @@ from typing import Any, Literal
 import torch
 
 from moe.config import RunConfig
-from moe.lab.bench import BenchError, Row, alternate, medians, present, ratio
+from moe.lab.bench import BenchError, Row, alternate, check_rounds, medians, present, ratio
+from moe.lab.studies import configure, dense_twin
 from moe.machine.cost import count
 from moe.machine.device import Runtime, resolve, reuse_memory, working_losses
 from moe.model import Losses, Transformer
 from moe.optim import Average, Optimizers, accumulate, mtp_weight
 from moe.presets import presets
 
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16, dense
+PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16, dense, by a part of the card's name
 PROGRESS = 0.2  # the part of the training that is over: past warm-up, before decay
 
 
 @dataclass(frozen=True)
 class StepBench:
-    """A training step of one preset against another's."""
+    """A training step of a preset against its dense twin's, or another preset's."""
 
     preset: str = "tiny"
-    against: str = "dense"
+    against: str | None = None  # another; by default its dense twin
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
@@ -37,14 +39,32 @@ class StepBench:
     json: bool = False  # print one JSON object
 
     def main(self) -> None:
-        known = presets()
-        if missing := [name for name in (self.preset, self.against) if name not in known]:
-            raise BenchError(f"preset {missing[0]} is not known: there are {', '.join(known)}")
-        configs = [self.configured(known[name]) for name in (self.preset, self.against)]
+        configs = self.configs()
         device = resolve(configs[0])[0].device
         if device == "cpu":
             reuse_memory()
         present(measure(configs, self.rounds), cells, device, self.json)
+
+    def configs(self) -> list[RunConfig]:
+        check_rounds(self.rounds)
+        known = presets()
+        names = [self.preset] + [self.against] * (self.against is not None)
+        if missing := [name for name in names if name not in known]:
+            raise BenchError(f"preset {missing[0]} is not known: there are {', '.join(known)}")
+        found = [known[name] for name in names]
+        if self.against is None:
+            twin = configure(self.preset, dense_twin(found[0].sized_model))
+            found.append(replace(twin, preset="dense twin"))
+        first, second = found
+        if first == second:
+            raise BenchError(f"--preset and --against are both {self.preset}: name two presets")
+        sizes = [config.train.tokens_per_step for config in found]
+        if sizes[0] != sizes[1]:
+            raise BenchError(
+                f"steps of {first.preset} have {sizes[0]:,} tokens and of {second.preset} {sizes[1]:,}, so their times "
+                "do not compare: leave --against out for the dense twin"
+            )
+        return [self.configured(config) for config in found]
 
     def configured(self, preset: RunConfig) -> RunConfig:
         return replace(preset, model=preset.sized_model, device=self.device, dtype=self.dtype, compile=self.compile)
@@ -68,11 +88,6 @@ class Trainer:
 
 def measure(configs: list[RunConfig], rounds: int) -> Iterator[Row]:
     first, second = (config.preset for config in configs)
-    if first == second:
-        raise BenchError(f"--preset and --against are both {first}: name two presets")
-    sizes = {config.train.tokens_per_step for config in configs}
-    if len(sizes) > 1:
-        raise BenchError(f"{first} and {second} have steps of {sizes} tokens: their times do not compare")
     trainers = {config.preset: build(config) for config in configs}
     runtime = trainers[first].runtime
     times = alternate({name: trainer.step for name, trainer in trainers.items()}, rounds, 120.0, runtime.device)
@@ -101,12 +116,13 @@ def build(config: RunConfig) -> Trainer:
     before = 0
     if runtime.device == "cuda":
         before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(config.seed)
     model = Transformer(config.model).to(runtime.device)
     optimizers = Optimizers(model, config.optim, runtime.torch_dtype)
     average = Average(model, config.optim.ema_decay)
-    losses_of, runtime = working_losses(model, config, runtime, False, lambda message: None)
+    losses_of, runtime = working_losses(model, config, runtime, True, lambda message: None)
+    if runtime.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     shape = (runtime.micro_batch_size, config.train.sequence_length + 1)
     window, weight = (
         (-1, config.train.sequence_length // config.train.parts(PROGRESS)),

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import tyro
 
 from moe.config import MoeError
@@ -17,6 +18,9 @@ def run_commands(prog: str, commands: Mapping[str, Callable[..., Any]], descript
         tyro.extras.subcommand_cli_from_dict(dict(commands), prog=prog, description=lines or None, config=config)
     except (MoeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory: take less at a time, a smaller model, or --dtype bfloat16", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
