@@ -23,10 +23,9 @@ from moe.machine.cost import count
 
 DATA = {"text": "t", "tokenizer": "k"}
 TRIES = ({"optim.adam_lr": 0.001}, {"optim.adam_lr": 0.002}, {"optim.adam_lr": 0.004})
-THREE = Study("Which?", tuple(Arm(name) for name in "abc"), preset="debug", budget=Budget(steps=3))
-SWEPT = Study(
-    "Which?", (Arm("a", {}, TRIES), Arm("b", {}, TRIES)), preset="debug", budget=Budget(minutes=1.0), race=True
-)
+CPU = {"device": "cpu"}
+THREE = Study("Which?", tuple(Arm(name) for name in "abc"), preset="debug", common=CPU, budget=Budget(steps=3))
+SWEPT = replace(THREE, arms=(Arm("a", {}, TRIES), Arm("b", {}, TRIES)), budget=Budget(minutes=1.0), race=True)
 
 
 class Fake:
@@ -43,7 +42,7 @@ class Fake:
 
     def outcome(self, job) -> Outcome:
         price = 2 + 0.1 * "abc".index(job.arm) + 0.01 * job.seed + abs(job.config().optim.adam_lr - 0.002)
-        curve = {"step": [1, 2], "tokens": [10, 20], "seconds": [30.0, 60.0], "flops": [1e3, 2e3]}
+        curve = {"tokens": [10, 20], "seconds": [30.0, 60.0], "flops": [1e3, 2e3]}
         curve["val_bits_per_byte"] = [price + 1, price]
         finals = {"parameters": 9, "active": 5, "flops_per_token": 100, "steps": 2, "tokens": 20, "seconds": 60.0}
         finals |= {"val_bits_per_byte": price, "val_nats_per_character": price * math.log(2)}
@@ -169,9 +168,10 @@ def test_arms_may_be_trained_together_seed_by_seed_and_setting_by_setting(tmp_pa
 
 def test_on_a_gpu_arms_are_never_trained_together(tmp_path, monkeypatch):
     monkeypatch.setattr(study_runs, "resolve_device", lambda asked: ("cuda", "an NVIDIA GPU is there"))
-    fake = Fake()
-    run_study("x", replace(THREE, together=True), tmp_path / "x", 1, fake)
+    fake, study = Fake(), replace(THREE, together=True)
+    results = run_study("x", study, tmp_path / "x", 1, fake)
     assert fake.made == ["a-1", "b-1", "c-1"]
+    assert "at the same time" not in front.in_words(summarize(results, study))
 
 
 def test_more_seeds_can_be_added_later(tmp_path):
@@ -186,8 +186,8 @@ def test_more_seeds_can_be_added_later(tmp_path):
     [
         ("x", {"budget": Budget(steps=4)}, "budget.steps"),
         ("x", {"budget": Budget(minutes=1)}, "budget.minutes"),
-        ("x", {"common": {"model.n_routed_experts": 8}}, "base.model.n_routed_experts"),
-        ("x", {"common": {"data.source": "other.txt"}}, "base.data.source"),
+        ("x", {"common": CPU | {"model.n_routed_experts": 8}}, "base.model.n_routed_experts"),
+        ("x", {"common": CPU | {"data.source": "other.txt"}}, "base.data.source"),
         ("x", {"arms": THREE.arms[:2]}, "arms"),
         ("y", {}, "name"),
     ],
@@ -205,8 +205,28 @@ def test_another_text_under_the_same_name_is_refused(tmp_path):
     assert len(run_study("x", THREE, tmp_path, 2, Fake()).finals) == 6
 
 
+def test_of_arms_trained_together_with_another_text_none_is_kept(tmp_path):
+    study = replace(THREE, together=True)
+    run_study("x", study, tmp_path, 1, Fake())
+    for arm in "abc":
+        (tmp_path / f"{arm}-2").mkdir()
+    with pytest.raises(StudyError, match="another text"):
+        run_study("x", study, tmp_path, 2, Fake(data=DATA | {"text": "u"}))
+    assert not list(tmp_path.glob("*-2"))
+
+
+def test_another_version_of_torch_is_refused_and_another_revision_of_this_program_is_not(tmp_path, monkeypatch):
+    run_study("x", THREE, tmp_path, 1, Fake())
+    made = study_runs.versions()
+    monkeypatch.setattr(study_runs, "versions", lambda: made | {"git": "another"})
+    run_study("x", THREE, tmp_path, 1, Fake(lives=0))
+    monkeypatch.setattr(study_runs, "versions", lambda: made | {"torch": "0.4"})
+    with pytest.raises(StudyError, match="another torch"):
+        run_study("x", THREE, tmp_path, 1, Fake(lives=0))
+
+
 def test_a_path_is_not_stored_and_a_folder_of_something_else_is_left_alone(tmp_path):
-    study = replace(THREE, common={"data.source": str(tmp_path / "text.txt")})
+    study = replace(THREE, common=CPU | {"data.source": str(tmp_path / "text.txt")})
     run_study("x", study, tmp_path / "x", 1, Fake())
     assert str(tmp_path) not in (tmp_path / "x" / RESULTS).read_text()
     (tmp_path / "y" / "a-1").mkdir(parents=True)
@@ -215,7 +235,17 @@ def test_a_path_is_not_stored_and_a_folder_of_something_else_is_left_alone(tmp_p
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"study": "x"}', '{"sweep": [], "finals": [], "colour": 1}', '{"sweep": [], "finals": [{}]}']
+    "content",
+    [
+        "",
+        "[]",
+        '{"study": "x"}',
+        '{"sweep": [], "finals": [], "colour": 1}',
+        '{"sweep": [], "finals": [{}]}',
+        '{"study": "x", "protocol": {}, "versions": {}, "sweep": [], "finals": []}',
+        '{"study": "x", "protocol": {"arms": []}, "versions": {}, "sweep": [], '
+        '"finals": [{"arm": "a", "setting": 0, "seed": 1}]}',
+    ],
 )
 def test_a_damaged_results_file_is_refused(tmp_path, content):
     (tmp_path / RESULTS).write_text(content)
@@ -354,7 +384,7 @@ REAL = Study(
     "Does it run?",
     (Arm("moe"), Arm("dense", {"model.first_k_dense_replace": 2})),
     preset="debug",
-    common={"data.source": str(TEXT), "train.eval_interval": 2},
+    common=CPU | {"data.source": str(TEXT), "train.eval_interval": 2},
     budget=Budget(steps=4),
 )
 
@@ -364,7 +394,7 @@ def test_real_trainings_are_made_read_and_leave_no_checkpoints(tmp_path, monkeyp
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     results = run_study("x", REAL, Path("study"), 1, train)
     moe, dense = (run["finals"] for run in results.finals)
-    assert [run["curve"]["step"] for run in results.finals] == [[2, 4], [2, 4]]
+    assert [run["curve"]["tokens"] for run in results.finals] == [[1024, 2048], [1024, 2048]]
     assert (moe["steps"], moe["tokens"]) == (4, 2048)
     assert moe["val_max_vio"] > 0
     assert dense["val_max_vio"] is None

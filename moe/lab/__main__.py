@@ -79,13 +79,13 @@ def study_command(
     show: bool = False,
     json: bool = False,
 ) -> None:
-    """Train the arms of an experiment with several seeds, in turns, and compare them. Goes on after a kill.
+    """Train the arms of an experiment with several seeds, and compare them. Goes on after a kill.
 
     Args:
         name: Which study; without one they are listed.
         seeds: How many; more of them may be asked for later.
-        minutes: Of the training clock, for each training.
-        steps: For each training, instead of minutes.
+        minutes: Of the training clock, for each training that counts; a sweep before them keeps its length.
+        steps: For each of them, instead of minutes.
         data: Another text than the study's.
         out: Its folder; out/studies/NAME by default.
         show: Train nothing; of a study without a folder, what is published with this program.

@@ -123,7 +123,7 @@ def moe_vs_dense() -> Study:
 
 
 # -- one thing changed in preset tiny ----------------------------------------------------------------------------------
-# Differences are small there, so the arms share the machine: a minute of all of it for each of them.
+# Differences are small there, so on a CPU the arms share the machine: a minute of all of it for each of them.
 def one_thing(question: str, *arms: Arm) -> Study:
     sweep = Budget(steps=300) if any(len(arm.tries) > 1 for arm in arms) else None
     at_the_end: Changes = {"train.eval_interval": 0}

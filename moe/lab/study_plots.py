@@ -8,7 +8,7 @@ import numpy as np
 
 from moe.lab.studies import Study
 from moe.lab.study_runs import Results
-from moe.lab.study_summary import CLEAR, compare, paired, summarize
+from moe.lab.study_summary import CLEAR, compare, paired, priced_split
 from moe.metrics import Record
 
 AXES = {"tokens": "tokens", "flops": "floating-point operations of training", "seconds": "seconds of training"}
@@ -33,7 +33,7 @@ def draw_study(results: Results, study: Study, folder: Path) -> Path:
         axes[0, 0].set_ylabel("bits per byte, validation split")
         axes[0, 0].legend()
     else:
-        draw_differences(axes[0, 0], arms, summarize(results, study)["split"])
+        draw_differences(axes[0, 0], arms, priced_split(arms))
     figure.suptitle(f"{results.study}: {study.question}", fontsize=10, wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{results.study}.png"

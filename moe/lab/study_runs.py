@@ -63,7 +63,9 @@ def read_results(path: Path) -> Results:
     try:
         stored = json.loads(path.read_text("utf-8"))
         sweep, finals = tuple(stored.pop("sweep")), tuple(stored.pop("finals"))
-        keys((*sweep, *finals))  # raises where a run is none
+        keys((*sweep, *finals))  # these three raise where something is missing
+        _ = [arm["arm"] for arm in stored["protocol"]["arms"]]
+        _ = [(run["finals"]["steps"], run["curve"]["seconds"]) for run in finals]
         return Results(**stored, sweep=sweep, finals=finals)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StudyError(f"{path} holds no results of a study ({type(error).__name__}: {error})") from None
@@ -126,7 +128,7 @@ def left_to_do(study: Study, results: Results, seeds: int) -> list[list[Job]]:
 
 def grouped(study: Study, jobs: list[Job]) -> list[list[Job]]:
     """The arms of a seed, or of a number among their settings, where they are trained at the same time."""
-    if not study.together or resolve_device(configure(study.preset, study.common).device)[0] != "cpu":
+    if not study.together:
         return [[job] for job in jobs]
     return [list(group) for _, group in groupby(jobs, lambda job: job.setting if job.stage == "sweep" else job.seed)]
 
@@ -137,6 +139,8 @@ def run_study(
     """Make what is missing of the study in its folder, and return all of it. Raises StudyError where the folder holds
     a study made otherwise."""
     require(seeds > 0, f"--seeds {seeds} must be greater than 0")
+    if resolve_device(configure(study.preset, study.common).device)[0] != "cpu":
+        study = replace(study, together=False)
     out.mkdir(parents=True, exist_ok=True)
     path, trainings = out / RESULTS, seeds * len(study.arms)
     points = max(min(POINTS, ALL_POINTS // trainings), 10)
@@ -148,24 +152,31 @@ def run_study(
                 jobs, budget = groups[0], budget_of(study, groups[0][0].stage)
                 number = len(results.sweep) + len(results.finals) + 1
                 say(f"{number} of {total}  {' and '.join(job.name for job in jobs)}, {budget}")
-                for job, outcome in zip(jobs, trainer(jobs, out, budget), strict=True):
-                    results = with_one_more(results, job, outcome, out, points)
+                outcomes = trainer(jobs, out, budget)
+                check_data(results, jobs, outcomes, out)
+                for job, outcome in zip(jobs, outcomes, strict=True):
+                    results = with_one_more(results, job, outcome, points)
                 results.write(path)
             return results
     except Timeout:
         raise StudyError(f"{out} is in use by another process: wait for it, or choose another --out") from None
 
 
-def with_one_more(results: Results, job: Job, outcome: Outcome | Diverged, out: Path, points: int) -> Results:
+def check_data(results: Results, jobs: list[Job], outcomes: list[Outcome | Diverged], out: Path) -> None:
+    if results.data is None or all(isinstance(one, Diverged) or one.data == results.data for one in outcomes):
+        return
+    for job in jobs:
+        shutil.rmtree(out / job.name, ignore_errors=True)  # or it would be found finished
+    raise StudyError(f"{out} began with another text or tokenizer: give that one, or choose another --out")
+
+
+def with_one_more(results: Results, job: Job, outcome: Outcome | Diverged, points: int) -> Results:
     """The results with this training's; a sweep may meet one that diverges."""
     run: Record = {"arm": job.arm, "setting": job.setting, "seed": job.seed}
     if isinstance(outcome, Diverged):
         if job.stage == "final":
             raise outcome
         return replace(results, sweep=(*results.sweep, run | {"diverged": str(outcome)}))
-    if results.data not in (None, outcome.data):
-        shutil.rmtree(out / job.name, ignore_errors=True)  # or it would be found finished
-        raise StudyError(f"{out} began with another text or tokenizer: give that one, or choose another --out")
     results = replace(results, data=dict(outcome.data))
     run |= {"machine": outcome.machine, "finals": dict(outcome.finals)}
     if job.stage == "sweep":
@@ -187,7 +198,14 @@ def open_results(name: str, study: Study, path: Path) -> Results:
     if (results.study, results.protocol) != (name, protocol):
         changed = differing(results.protocol, protocol) or "name"
         raise StudyError(f"{path} began with another {changed}: go on as it began, or choose another --out")
+    if changed := differing(packages(results.versions), packages(versions())):
+        raise StudyError(f"{path} began with another {changed}: go on with that one, or choose another --out")
     return results
+
+
+def packages(found: Mapping[str, str]) -> dict[str, str]:
+    """Without this program's own revision, since most of its changes change no training."""
+    return {name: version for name, version in found.items() if name != "git"}
 
 
 def differing(old: Any, new: Any) -> str:

@@ -96,11 +96,17 @@ def figure(name: str) -> Any:
     return lambda run: made.get(name, lambda finals: finals[name])(run["finals"])
 
 
+def priced_split(arms: dict[str, list[Record]]) -> str:
+    """The test split where there is one."""
+    runs = [run for group in arms.values() for run in group]
+    return "test" if all("test_bits_per_byte" in run["finals"] for run in runs) else "val"
+
+
 def summarize(results: Results, study: Study) -> dict[str, Any]:
-    """All of it, for JSON. Prices are of the test split where there is one, of the validation split otherwise."""
+    """All of it, for JSON."""
     seeds, arms = paired(results)
     runs = [run for group in arms.values() for run in group]
-    split = "test" if all("test_bits_per_byte" in run["finals"] for run in runs) else "val"
+    split = priced_split(arms)
     first = next(iter(arms.values()))
     rows = []
     for name, group in arms.items():

@@ -1,5 +1,6 @@
 """The trainings of a study: train.py in processes of their own, and what is kept of them."""
 
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,6 @@ from moe.checkpoint import RunFolder
 from moe.config import MoeError, RunConfig
 from moe.lab.studies import Budget, Changes, StudyError, configure, flags
 from moe.machine.cost import count
-from moe.machine.device import hardware
 from moe.metrics import read_metrics
 
 Stage = Literal["sweep", "final"]
@@ -144,13 +144,13 @@ def read_outcome(run: RunFolder, budget: Budget) -> Outcome | None:
     }
     seen = [record for record in records if "val_loss" in record and record["val_tokens"] == last["val_tokens"]]
     curve = {
-        "step": [record["step"] for record in seen],
         "tokens": [record["tokens"] for record in seen],
         "seconds": [round(record["seconds"], 1) for record in seen],
         "flops": [float(f"{record['tokens'] * size.training_flops:.4g}") for record in seen],
         "val_bits_per_byte": [rounded(record["val_bits_per_byte"]) for record in seen],
     }
-    return Outcome(data, f"{hardware(runtime)}, {runtime.dtype}", finals, curve)
+    machine = json.loads(run.setup.read_text("utf-8"))["hardware"]  # where it was made, which may be elsewhere
+    return Outcome(data, f"{machine}, {runtime.dtype}", finals, curve)
 
 
 def rounded(number: float | None) -> Any:
