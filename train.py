@@ -49,6 +49,7 @@ from moe.tokenizer import Tokenizer
 
 WHAT_A_STEP_IS = {f"train.{name}" for name in ("tokens_per_step", "sequence_length", "short_until", "short_parts")}
 MAY_CHANGE = {"steps", "minutes", *(f"train.{item.name}" for item in fields(TrainConfig))} - WHAT_A_STEP_IS
+MAY_CHANGE |= {"data.source"}  # where the text lies; that it is the same is checked
 
 
 class TrainingError(MoeError):
@@ -249,7 +250,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         tokenizer = Tokenizer.load(folder.path / "tokenizer.json")
     corpus = prepare(config.data, tokenizer=tokenizer, advance=display.advance)
     display.close()
-    identity = {"text": corpus.source, "tokenizer": corpus.tokenizer.hash}
+    identity = {"text": corpus.hash, "tokenizer": corpus.tokenizer.hash}
     if resuming and setup != identity:
         raise CheckpointError(f"{config.data.source} is not the text that {folder.path} began with: give that one back")
     config = fit_vocabulary(config, corpus.tokenizer.vocab_size)

@@ -12,7 +12,8 @@ numbers are cached. Two forms compute the same attention:
 * **expanded**: make every head's keys and values from the latents, then attend as usual. Fewest operations for many
   queries: training, prefill.
 * **absorbed**: multiply the query by the key matrix instead (q^T W c = (W^T q)^T c), attend over the latents
-  themselves, and apply the value matrix to the attended latent. Nothing of size L*H is ever made: decoding.
+  themselves, and apply the value matrix to the attended latent. Nothing of size L*H is ever made: decoding, where
+  decoding/decoder.py does the same in fewer operations for one token.
 
 **Grouped-query attention** (GQA, arXiv 2305.13245; Llama, Qwen, OLMoE, Mixtral). The H query heads form G groups, and
 each group shares one key and one value head: 2*G*d numbers are cached. G = H is the attention of the first

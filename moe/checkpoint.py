@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from moe.config import ConfigError, ModelConfig, MoeError, RunConfig, from_dict, to_dict
 from moe.data import Cursor
+from moe.machine.cost import outline
 from moe.machine.device import Dtype, Runtime, check_room, hardware, resolve_device
 from moe.machine.files import sync, sync_folder, write_whole
 from moe.model import Transformer
@@ -40,6 +41,7 @@ from moe.tokenizer import Tokenizer
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
 FORMAT = 2  # of config.json
+PASSING = re.compile(r"\.\d{8,}\.\d+(\.old)?")  # the names of a checkpoint that is not there yet, or no longer
 Shape = tuple[int, ...]
 
 
@@ -88,12 +90,17 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def setup(self) -> Path:
+        return self.path / "config.json"
+
     def acquire(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
-            for unfinished in self.path.glob("checkpoints/.*"):  # of a process killed while it saved
-                shutil.rmtree(unfinished, ignore_errors=True)
+            for path in self.path.glob("checkpoints/.*"):
+                if PASSING.fullmatch(path.name):  # of a process killed while it saved or removed one
+                    shutil.rmtree(path, ignore_errors=True)
         except Timeout:
             message = f"{self.path} is in use by another process: wait for it, or choose another folder"
             raise CheckpointError(message) from None
@@ -130,11 +137,11 @@ class RunFolder:
             "versions": versions(),
             "hardware": hardware(runtime),
         }
-        write_whole(self.path / "config.json", json.dumps(facts, indent=1).encode())
+        write_whole(self.setup, json.dumps(facts, indent=1).encode())
         write_whole(self.path / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())
 
     def read_setup(self) -> tuple[RunConfig, Runtime, dict[str, Any]]:
-        path = self.path / "config.json"
+        path = self.setup
         try:
             facts = json.loads(path.read_text("utf-8"))
             if "model_type" in facts:
@@ -214,11 +221,11 @@ class RunFolder:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Manifest first, so that a half-removed checkpoint does not count as one."""
+    """Its name first, so that half a checkpoint neither counts as one nor stays."""
     if path.exists():
-        (path / MANIFEST).unlink(missing_ok=True)
-        sync_folder(path)
-        shutil.rmtree(path)
+        passing = path.rename(path.with_name(f".{path.name}.{os.getpid()}.old"))
+        sync_folder(path.parent)
+        shutil.rmtree(passing)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -296,7 +303,9 @@ def read_state(checkpoint: Path) -> State:
 
 def random_state() -> dict[str, Any]:
     """Of every generator training may draw from, as JSON."""
-    states = (torch.get_rng_state(), *torch.cuda.get_rng_state_all())
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():  # a run on the CPU leaves GPUs alone
+        states += torch.cuda.get_rng_state_all()
     encoded = [base64.b64encode(state.numpy().tobytes()).decode() for state in states]
     return {"torch": encoded[0], "cuda": encoded[1:]}
 
@@ -358,16 +367,6 @@ def load(
     model = empty_model(stored.config.model, device, dtype, stored.checkpoint)
     load_model(model, stored.checkpoint / "model.safetensors")
     return Run(model.eval(), stored.tokenizer, stored.config, stored.checkpoint)
-
-
-def outline(config: ModelConfig) -> Transformer:
-    """A model without memory or numbers: its tensors' names and shapes. Raises CheckpointError for impossible sizes."""
-    try:
-        with torch.device("meta"):
-            return Transformer(config)
-    except (TypeError, RuntimeError, OverflowError) as error:
-        message = str(error).split("\n")[0]
-        raise CheckpointError(f"no tensor has the sizes of this configuration: {message}") from None
 
 
 def empty_model(config: ModelConfig, device: str, dtype: Dtype, what: object) -> Transformer:

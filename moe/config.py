@@ -358,11 +358,12 @@ class TrainConfig:
             self.short_until == 0 or length % self.short_parts == 0,
             f"train.short_parts = {self.short_parts} must divide train.sequence_length = {length}",
         )
-        require(
-            micro == "auto" or (micro > 0 and self.sequences_per_step % micro == 0),
-            f"train.micro_batch_size = {micro} must divide the {self.sequences_per_step} sequences of a step: "
-            f"{', '.join(map(str, self.micro_batch_sizes()))} do, and auto chooses one",
-        )
+        if micro != "auto" and (micro <= 0 or self.sequences_per_step % micro):
+            sizes = ", ".join(map(str, self.micro_batch_sizes()))
+            raise ConfigError(
+                f"train.micro_batch_size = {micro} must divide the {self.sequences_per_step} sequences of a step: "
+                f"{sizes} do, and auto chooses one"
+            )
 
     def parts(self, progress: float) -> int:
         """Into how many each window is cut, after this part of the training."""
@@ -374,7 +375,9 @@ class TrainConfig:
 
     def micro_batch_sizes(self) -> list[int]:
         """What may be chosen, the largest first: micro-batches are equal, so that their mean is the large batch's."""
-        return [size for size in range(self.sequences_per_step, 0, -1) if self.sequences_per_step % size == 0]
+        total = self.sequences_per_step
+        small = [size for size in range(1, math.isqrt(total) + 1) if total % size == 0]
+        return sorted({*small, *(total // size for size in small)}, reverse=True)
 
 
 @dataclass(frozen=True)

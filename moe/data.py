@@ -95,16 +95,17 @@ class Batches:
 def separate_windows(
     read: Callable[[int, int], np.ndarray], total: int, length: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`total` ids in windows that do not overlap: every id but the first is a target once. The last window is filled
-    up with targets of -100.
+    """`total` ids in windows that do not overlap: every id but the first is a target once. The last window is as short
+    as what is left.
 
     read(start, n) gives ids. Yields tokens and targets, (up to batch_size, length) int64.
     """
     span = batch_size * length
     for start in range(0, total - 1, span):
-        ids = read(start, span + 1)
-        rows = -(-(len(ids) - 1) // length)
-        padding = rows * length - (len(ids) - 1)
-        tokens = np.pad(ids[:-1], (0, padding)).reshape(rows, length)
-        targets = np.pad(ids[1:], (0, padding), constant_values=IGNORE).reshape(rows, length)
-        yield torch.from_numpy(tokens), torch.from_numpy(targets)
+        ids = torch.from_numpy(read(start, span + 1))
+        last = len(ids) - 1
+        whole = last // length * length
+        for begin, end in ((0, whole), (whole, last)):
+            if begin < end:
+                shape = (-1, min(length, end - begin))
+                yield ids[begin:end].view(shape), ids[begin + 1 : end + 1].view(shape)

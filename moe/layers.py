@@ -1,4 +1,5 @@
-"""Two small layers, normalisation and dropout, the number format they hand on, and a model at rest."""
+"""Two small layers, normalisation and dropout, the number format they hand on, a model at rest, and chance that leaves
+no trace."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,13 @@ class Dropout(nn.Dropout):
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
         kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
         return x * kept.to(x.dtype).mul_(256 / (256 - dropped))
+
+
+@contextmanager
+def forked_random(device: torch.device) -> Iterator[None]:
+    """What is drawn inside leaves no trace in the random numbers after it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class CollapseAlarm:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object a line, on disk before the next step."""
+    """`metrics.jsonl`: one object a line, out of this process before the next step."""
 
     def __init__(self, path: Path, keep_steps: int = 0) -> None:
         """keep_steps: what an earlier process wrote for later steps, and a torn last line, are cut off."""

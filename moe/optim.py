@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe.config import OptimConfig
+from moe.config import ModelConfig, OptimConfig
+from moe.layers import forked_random
 from moe.model import Losses, Transformer
 
 # Three odd quintics a x + b x^3 + c x^5 in turn, each the one closest to 1 on the interval to which those before it
@@ -36,9 +37,9 @@ def accumulate(
     """Gradients of the mean over the micro-batches; the means of their losses, and the load of all of them together.
     losses_of: model.losses, or what a compiler made of it. weight: of multi-token prediction."""
     global_load = None
-    if model.config.balance_loss == "switch" and model.moe_layers() and len(batches) > 1:
-        # This loss weighs by the whole batch's load: route all of it once before, under the same dropout
-        with torch.no_grad(), autocast(), torch.random.fork_rng():
+    if weighs_by_whole_batch(model.config, len(batches)):
+        # Route all of it once before; under the same dropout, unless the losses are compiled, which draw otherwise
+        with torch.no_grad(), autocast(), forked_random(batches[0][0].device):
             global_load = torch.stack([model.losses(*batch).routing.load for batch in batches]).sum(0)  # type: ignore[union-attr]
     parts, mtp = [], torch.tensor(weight, device=batches[0][0].device)
     for tokens, targets in batches:
@@ -47,6 +48,11 @@ def accumulate(
         (losses.objective / len(batches)).backward()
         parts.append(losses)
     return Losses.mean(parts)
+
+
+def weighs_by_whole_batch(config: ModelConfig, micro_batches: int) -> bool:
+    """Whether a balance loss weighs by the load of a whole batch that is cut into micro-batches."""
+    return micro_batches > 1 and config.balance_loss == "switch" and config.num_moe_layers > 0
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import moe
 import train
 from moe.checkpoint import CheckpointError, RunFolder, load_model, load_tensors, tensors_of, verify
+from moe.config import DataConfig
 from moe.corpus import prepare
 from moe.data import TokenStream
 from moe.lab.score import evaluate
@@ -263,6 +264,28 @@ def test_a_run_does_not_continue_on_a_changed_text(text, capsys):
     assert "is not the text that run began with" in capsys.readouterr().err
 
 
+def test_a_run_continues_where_its_text_has_moved_to(text):
+    options = ("--out", "run", *FEATURES)
+    assert run_training(*options, "--data", text) == 0
+    moved = text.rename(text.with_name("moved.txt"))
+    assert run_training(*options, "--data", moved, "--resume", "auto", "--steps", "30") == 0
+    assert moe.load("run").config.data.source == str(moved)
+    assert run_training("--out", "run", "--resume", "auto", "--steps", "31") == 0
+
+
+def test_a_run_does_not_continue_on_a_text_that_was_split_otherwise(text, capsys):
+    def prepared(fraction: float) -> None:
+        prepare(DataConfig(str(text), tokenizer="bytes", val_fraction=fraction), Path("prepared"))
+
+    prepared(0.1)
+    options = ("--out", "run", "--data", "prepared", *FEATURES)
+    assert run_training(*options) == 0
+    shutil.rmtree("prepared")
+    prepared(0.5)
+    assert run_training(*options, "--resume", "auto", "--steps", "30") == 2
+    assert "is not the text that run began with" in capsys.readouterr().err
+
+
 def test_leftovers_of_a_start_killed_before_its_first_checkpoint_are_started_over(text):
     assert run_training("--out", "run", "--data", text, *FEATURES) == 0
     for checkpoint in RunFolder(Path("run")).checkpoints():
@@ -279,6 +302,35 @@ def test_a_folder_with_somebody_elses_files_is_left_alone(text, capsys):
     assert run_training("--out", "theirs", "--data", text, *FEATURES) == 2
     assert "no training run made" in capsys.readouterr().err
     assert Path("theirs/config.json").read_text() == '{"model_type": "deepseek_v3"}'
+
+
+def test_what_is_hidden_in_somebody_elses_folder_stays_and_what_a_killed_process_hid_goes(text, capsys):
+    theirs = Path("theirs/checkpoints/.git/HEAD")
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("main")
+    assert run_training("--out", "theirs", "--data", text, *FEATURES) == 2
+    assert "no training run made" in capsys.readouterr().err
+    assert theirs.read_text() == "main"
+    assert run_training("--out", "run", "--data", text, *FEATURES) == 0
+    unfinished = [Path(f"run/checkpoints/.{name}") for name in ("00000021.1234", "00000010.1234.old")]
+    for folder in unfinished:
+        folder.mkdir()
+    assert run_training("--out", "run", "--data", text, *FEATURES, "--resume", "auto") == 0
+    assert not any(folder.exists() for folder in unfinished)
+
+
+def test_a_checkpoint_whose_removal_is_interrupted_does_not_count(text, monkeypatch):
+    assert run_training("--out", "run", "--data", text, *FEATURES) == 0
+    folder = RunFolder(Path("run"))
+    (checkpoint,) = folder.checkpoints()[-1:]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(moe.checkpoint.shutil, "rmtree", lambda path: 1 / 0)
+        moe.checkpoint.remove_checkpoint(checkpoint)
+    assert checkpoint not in folder.checkpoints()
+    assert list(Path("run/checkpoints").glob(".*"))
+    folder.acquire()
+    folder.lock.release()
+    assert not list(Path("run/checkpoints").glob(".*"))
 
 
 def test_a_folder_in_use_is_refused(text, capsys):

@@ -231,7 +231,7 @@ def test_no_more_is_read_than_wanted(tmp_path):
     first = prepare(DataConfig(str(source), max_bytes=100, **BYTES), tmp_path / "out")
     assert (first.bytes("train"), first.bytes("val")) == (90, 10)
     write(tmp_path / "a.txt", "0123456789" * 10)
-    assert prepare(DataConfig(str(source), **BYTES), tmp_path / "short").source == first.source
+    assert prepare(DataConfig(str(source), **BYTES), tmp_path / "short").hash == first.hash
 
 
 def test_the_tokenizer_learns_from_all_over_the_training_split_and_from_nothing_else(tmp_path, monkeypatch):
@@ -502,6 +502,11 @@ def test_a_hub_out_of_reach_leaves_what_was_made_and_says_what_can_be_done(tmp_p
     with pytest.raises(Unreachable, match=r"ZeroDivisionError: division by zero\).*--data FOLDER"):
         prepare(DataConfig("stories", **BYTES), tmp_path / "out")
     assert list((tmp_path / "out.partial").glob("train-*.bin"))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(SourceError, match="pip install datasets"):
+            prepare(DataConfig("stories", **BYTES), tmp_path / "out")
+    assert list((tmp_path / "out.partial").glob("train-*.bin"))
     prepare(DataConfig("stories", **BYTES), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(whole.folder)
 
@@ -540,7 +545,7 @@ def test_a_data_set_is_downloaded_once_and_checked(tmp_path, zipped):
     assert bytes(tokens_of(first.folder, "train")[1:]) == zipped[:4_500]
     (tmp_path / "small.zip").unlink()
     prepare(DataConfig("small", val_fraction=0.2, **BYTES))
-    assert prepare(DataConfig("out/data/downloads/small", **BYTES)).source == first.source
+    assert prepare(DataConfig("out/data/downloads/small", **BYTES)).hash == first.hash
 
 
 @pytest.mark.parametrize("damage", ["other text", "no zip", "gone"])
@@ -665,7 +670,6 @@ def test_separate_windows_price_every_token_but_the_first_exactly_once(total, le
             lambda start, count: ids[start : start + count], total, length, batch_size
         )
         for token, target in zip(tokens.flatten().tolist(), targets.flatten().tolist(), strict=True)
-        if target != -100
     ]
     assert seen == [(i, i + 1) for i in range(total - 1)]
 

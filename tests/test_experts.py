@@ -88,6 +88,13 @@ def test_the_layer_works_by_itself_and_adds_the_shared_expert(small):
     assert MoE(replace(small, n_shared_experts=0)).shared_experts is None
 
 
+def test_the_layer_works_in_float64(small):
+    layer, x = MoE(small).double(), torch.randn(4, 64, small.hidden_size, dtype=torch.float64)
+    out = layer(x)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out.float(), layer.float()(x.float()), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_the_layer_follows_autocast(small, name):
     layer = MoE(replace(small, expert_backend=name))

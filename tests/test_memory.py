@@ -9,7 +9,7 @@ from conftest import CPU, SMALL, build
 from moe import model as room
 from moe.attention import Cache
 from moe.config import ConfigError, ModelConfig, TrainConfig
-from moe.machine import device
+from moe.machine import cost, device
 from moe.machine.cost import activation_bytes, count
 from moe.machine.device import DeviceError, Runtime, resolve, working_losses
 from moe.model import IGNORE, Transformer
@@ -174,6 +174,25 @@ def test_a_model_that_no_memory_here_could_train_is_refused_before_it_is_built(m
         resolve(on_cpu("v3"))
     monkeypatch.setattr("moe.machine.device.machine_bytes", lambda device: None)  # a system that does not say
     assert resolve(on_cpu("v3"))[0].micro_batch_size == 1
+
+
+def test_a_containers_limit_is_the_memory_there_is(tmp_path, monkeypatch):
+    whole = cost.machine_bytes("cpu")
+    monkeypatch.setattr(cost, "CONTAINER", tmp_path / "memory.max")
+    for content, wanted in (("4096000\n", 4_096_000), (f"{1 << 60}\n", whole), ("max\n", whole)):
+        (tmp_path / "memory.max").write_text(content)
+        assert cost.machine_bytes("cpu") == wanted
+
+
+def test_sizes_that_no_tensor_can_have_are_refused():
+    with pytest.raises(ConfigError, match="no tensor has the sizes"):
+        count(ModelConfig(hidden_size=10**18))
+
+
+def test_micro_batches_of_huge_steps_are_found_at_once():
+    train = TrainConfig(tokens_per_step=256 * 2**40)
+    assert train.micro_batch_sizes() == [2**power for power in range(40, -1, -1)]
+    assert TrainConfig(tokens_per_step=256 * 12).micro_batch_sizes() == [12, 6, 4, 3, 2, 1]
 
 
 class PretendedGPU:

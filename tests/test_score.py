@@ -13,7 +13,9 @@ from conftest import SMALL, TEXT, build
 import moe
 from moe.checkpoint import Run
 from moe.config import RunConfig, TrainConfig
-from moe.lab.score import WINDOW, ScoreError, overlapping_windows, price, prices_of, score
+from moe.corpus import prepare
+from moe.data import TokenStream
+from moe.lab.score import WINDOW, ScoreError, evaluate, overlapping_windows, price, prices_of, score
 from moe.metrics import read_metrics
 from moe.model import Transformer
 from moe.presets import presets
@@ -67,6 +69,14 @@ def test_overlapping_windows_price_every_target_once(length, total):
         if target != -100
     ]
     assert seen == list(range(1, total + 1))
+
+
+def test_the_load_counts_every_token_of_the_split_once_and_nothing_else(debug_run):
+    run = moe.load(debug_run)
+    stream = TokenStream(prepare(run.config.data), "val")
+    for limit in (0, 65, 100):
+        score, load = evaluate(run.model, stream, 64, nullcontext, limit)
+        assert load.sum(-1).unique().tolist() == [score.tokens * run.config.model.num_experts_per_tok]
 
 
 def test_separate_windows_are_the_validation_loss_of_training(debug_run):

@@ -110,7 +110,7 @@ def build(
             names[path.name.split("-")[0]].append(path.name)
         if not any(header.characters for path, header in finished_shards(folder) if path.name.startswith("train")):
             raise CorpusError("no text is left to train on: give more of it, or a smaller val-fraction")
-        facts = {"format": FORMAT, "source": source.identity, "shards": names}
+        facts = {"format": FORMAT, "shards": names}
         write_whole(folder / "corpus.json", json.dumps(facts, indent=1).encode())
     except MoeError as error:
         if not isinstance(error, Unreachable) or not finished_shards(folder):

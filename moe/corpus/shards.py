@@ -48,7 +48,12 @@ class Corpus:
     folder: Path
     tokenizer: Tokenizer
     shards: dict[str, Shards]  # of "train", "val" and "test"
-    source: str  # sha256 of the text and of the names of its files
+
+    @property
+    def hash(self) -> str:
+        """Of all ids, split by split."""
+        listed = {split: [header.sha256 for _, header in shards] for split, shards in self.shards.items()}
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     def characters(self, split: str) -> int:
         return sum(header.characters for _, header in self.shards[split])
@@ -61,11 +66,10 @@ class Corpus:
 
 
 def open_corpus(folder: Path) -> Corpus:
-    """Open a prepared folder. Raises CorpusError where headers, sizes or hashes disagree."""
+    """Open a prepared folder. Raises CorpusError where headers, sizes or the tokenizer's hashes disagree."""
     try:
         listing = json.loads((folder / "corpus.json").read_text("utf-8"))
         names = {split: [str(name) for name in listing["shards"][split]] for split in SPLITS}
-        source = str(listing["source"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         message = f"{folder}: not a prepared folder ({type(error).__name__}: {error}): make one with data/prepare.py"
         raise CorpusError(message) from None
@@ -75,7 +79,7 @@ def open_corpus(folder: Path) -> Corpus:
     for path, header in (shard for split in SPLITS for shard in shards[split]):
         if header.tokenizer != tokenizer.hash:
             raise CorpusError(f"{path}: was made with another tokenizer than the folder's: prepare the text again")
-    return Corpus(folder, tokenizer, shards, source)
+    return Corpus(folder, tokenizer, shards)
 
 
 def read_header(path: Path) -> ShardHeader:

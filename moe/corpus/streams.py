@@ -212,7 +212,7 @@ class Stream:
         except Exception as error:
             what = f"{self.home}: cannot be read ({type(error).__name__}: {first_line(error)})"
             if self.local:
-                raise SourceError(what) from None
+                raise Unreachable(what) from None
             raise Unreachable(
                 f"{what}: with a network, the same command goes on where it stopped; without one, give a local copy of "
                 "its .parquet files as --data FOLDER"
@@ -227,7 +227,7 @@ def load_builder(home: str, name: str | None, revision: str | None) -> Any:
     try:
         import datasets
     except ImportError:
-        raise SourceError(f"{home}: needs the datasets library: pip install datasets") from None
+        raise Unreachable(f"{home}: needs the datasets library: pip install datasets") from None
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells every attempt to reach the hub
     if Path(home).is_file():
         return datasets.load_dataset_builder("parquet", data_files=home)

@@ -5,14 +5,17 @@ Notation: D model width, H heads, E routed experts, K experts per token, F exper
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from moe.attention import SHORT
-from moe.config import ModelConfig
+from moe.config import ConfigError, ModelConfig
 from moe.experts import MoE
 from moe.model import LOGITS, Transformer
+
+CONTAINER = Path("/sys/fs/cgroup/memory.max")  # the bytes that a Linux container may take
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,19 @@ class Size:
         return 14 * (self.total + self.mtp_total)
 
 
+def outline(config: ModelConfig) -> Transformer:
+    """A model without memory or numbers: its tensors' names and shapes. Raises ConfigError for impossible sizes."""
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except (TypeError, RuntimeError, OverflowError) as error:
+        message = str(error).split("\n")[0]
+        raise ConfigError(f"no tensor has the sizes of this configuration: {message}") from None
+
+
 def count(config: ModelConfig, sequence_length: int | None = None) -> Size:
     """sequence_length: that attention's operations are counted for; by default the whole context."""
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = outline(config)
     idle = 1 - config.num_experts_per_tok / config.n_routed_experts
 
     def unused(part: nn.Module) -> int:
@@ -77,9 +89,13 @@ def machine_bytes(device: str) -> int | None:
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
         return None
+    try:
+        return min(memory, int(CONTAINER.read_text("ascii")))
+    except (OSError, ValueError):  # in no container, or in one without a limit: "max"
+        return memory
 
 
 def readable(number: float, giga: str = "B") -> str:

@@ -17,8 +17,10 @@ import torch
 
 from moe.config import MoeError, RunConfig
 from moe.experts import choose_backend
+from moe.layers import forked_random
 from moe.machine.cost import activation_bytes, count, machine_bytes
 from moe.model import Losses, Transformer
+from moe.optim import weighs_by_whole_batch
 
 LossFunction = Callable[..., Losses]
 Dtype = Literal["float32", "bfloat16"]
@@ -206,12 +208,12 @@ def try_steps(model: Transformer, losses_of: LossFunction, config: RunConfig, ru
     whole = torch.zeros(shape, dtype=torch.int64, device=runtime.device)
     shapes = {config.train.parts(progress) for progress in (0, 1)}
     weight, load = torch.ones((), device=runtime.device), None
-    if needs_global_load(config, runtime):
+    if weighs_by_whole_batch(config.model, config.train.sequences_per_step // runtime.micro_batch_size):
         load = torch.ones(
             len(model.moe_layers()), config.model.n_routed_experts, dtype=torch.int64, device=runtime.device
         )
     try:
-        with torch.random.fork_rng():
+        with forked_random(whole.device):
             for parts in (*shapes, 1):
                 tokens = whole.view(-1, whole.shape[1] // parts)
                 with runtime.autocast():
@@ -219,12 +221,6 @@ def try_steps(model: Transformer, losses_of: LossFunction, config: RunConfig, ru
                 losses.objective.backward()
     finally:
         model.zero_grad(set_to_none=True)
-
-
-def needs_global_load(config: RunConfig, runtime: Runtime) -> bool:
-    """Whether a balance loss weighs by the load of a whole batch that is cut into micro-batches."""
-    several = runtime.micro_batch_size < config.train.sequences_per_step
-    return several and config.model.balance_loss == "switch" and config.model.num_moe_layers > 0
 
 
 def fit_micro_batch(model: Transformer, config: RunConfig, runtime: Runtime) -> Runtime:
