@@ -48,7 +48,7 @@ class StepBench:
     def configs(self) -> list[RunConfig]:
         check_rounds(self.rounds)
         known = presets()
-        names = [self.preset] + [self.against] * (self.against is not None)
+        names = [name for name in (self.preset, self.against) if name is not None]
         if missing := [name for name in names if name not in known]:
             raise BenchError(f"preset {missing[0]} is not known: there are {', '.join(known)}")
         found = [known[name] for name in names]
