@@ -211,12 +211,11 @@ class Stream:
             raise
         except Exception as error:
             what = f"{self.home}: cannot be read ({type(error).__name__}: {first_line(error)})"
-            if self.local:
-                raise Unreachable(what) from None
-            raise Unreachable(
-                f"{what}: with a network, the same command goes on where it stopped; without one, give a local copy of "
-                "its .parquet files as --data FOLDER"
-            ) from None
+            advice = (
+                ": with a network, the same command goes on where it stopped; without one, give a local copy of its "
+                ".parquet files as --data FOLDER"
+            )
+            raise Unreachable(what + advice * (not self.local)) from None
 
 
 def first_line(error: Exception) -> str:
