@@ -22,18 +22,7 @@ import torch
 import tyro
 
 import moe
-from moe.checkpoint import (
-    CheckpointError,
-    Run,
-    RunFolder,
-    State,
-    load_model,
-    open_run,
-    random_state,
-    read_state,
-    set_random_state,
-    tensors_of,
-)
+from moe.checkpoint import Run, RunFolder, State, open_run, random_state, read_state, set_random_state
 from moe.config import ConfigError, ModelConfig, MoeError, RunConfig, TrainConfig
 from moe.corpus import Corpus, prepare
 from moe.data import Batches, TokenStream
@@ -41,6 +30,7 @@ from moe.lab.pictures import draw_run
 from moe.lab.score import check_length, evaluate
 from moe.machine.cost import activation_bytes, count, readable
 from moe.machine.device import DeviceError, resolve, resolve_device, reuse_memory, working_losses
+from moe.machine.stored import CheckpointError, load_model, tensors_of
 from moe.metrics import CollapseAlarm, Display, Eta, MetricsLog, Wandb, clock, load_record, routing_record
 from moe.model import Transformer
 from moe.optim import Average, Optimizers, accumulate, mtp_weight

@@ -4,16 +4,13 @@ when whole.
     config.json  tokenizer.json  metrics.jsonl
     checkpoints/00000500/  model.safetensors  optimizer.safetensors  state.json  manifest.json
 
-A checkpoint is written beside the others under a passing name; its files are synced, then the manifest with their
-sizes and sha256, then the folder is renamed. One without a manifest does not exist. Nothing is pickled. An imported
-model has no optimizer.safetensors: it is there to be used, and to start a training from, but not to be continued.
+How a checkpoint comes to be whole is in machine/stored.py. An imported model has no optimizer.safetensors: it is there
+to be used, and to start a training from, but not to be continued.
 """
 
 import base64
-import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import shutil
@@ -25,28 +22,35 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import Tensor
 
-from moe.config import ConfigError, ModelConfig, MoeError, RunConfig, from_dict, to_dict
+from moe.config import ConfigError, ModelConfig, RunConfig
 from moe.data import Cursor
 from moe.machine.cost import outline
 from moe.machine.device import Dtype, Runtime, check_room, hardware, resolve_device
-from moe.machine.files import sync, sync_folder, write_whole
+from moe.machine.files import write_whole
+from moe.machine.parsing import from_dict, to_dict
+from moe.machine.stored import (
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    CheckpointError,
+    load_model,
+    load_tensors,
+    read_manifest,
+    remove_checkpoint,
+    remove_leftovers,
+    tensors_of,
+    verify,
+    write_checkpoint,
+)
 from moe.model import Transformer
 from moe.optim import Average, Optimizers
 from moe.tokenizer import Tokenizer
 
-MANIFEST = "manifest.json"
-OPTIMIZER = "optimizer.safetensors"
 FORMAT = 2  # of config.json
-PASSING = re.compile(r"\.\d{8,}\.\d+(\.old)?")  # the names of a checkpoint that is not there yet, or no longer
-Shape = tuple[int, ...]
-
-
-class CheckpointError(MoeError):
-    """A run's folder that cannot be read, written or continued."""
 
 
 class VersionError(CheckpointError):
@@ -74,11 +78,6 @@ class State:
         return Cursor(self.epoch, self.window)
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class RunFolder:
     """The files of one run. Holds the lock on it from `acquire` to the end of the process."""
 
@@ -98,9 +97,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
-            for path in self.path.glob("checkpoints/.*"):
-                if PASSING.fullmatch(path.name):  # of a process killed while it saved or removed one
-                    shutil.rmtree(path, ignore_errors=True)
+            remove_leftovers(self.path / "checkpoints")
         except Timeout:
             message = f"{self.path} is in use by another process: wait for it, or choose another folder"
             raise CheckpointError(message) from None
@@ -177,7 +174,7 @@ class RunFolder:
         self.check_continuable()
         tensors = load_tensors(checkpoint / OPTIMIZER)
         with average.applied():
-            load_model(model, checkpoint / "model.safetensors")
+            load_model(model, checkpoint / MODEL)
             average.load_state(tensors)
         optimizers.load_state(tensors)
         return read_state(checkpoint)
@@ -195,108 +192,20 @@ class RunFolder:
         model: its tensors as they are to be used, the average where there is one. optimizer: None for a model that was
         not trained here.
         """
-        final = self.path / "checkpoints" / f"{state.step:08d}"
-        passing = final.with_name(f".{final.name}.{os.getpid()}")
+        path = self.path / "checkpoints" / f"{state.step:08d}"
         try:
-            passing.mkdir(parents=True)
-            save_file(dict(model), passing / "model.safetensors")
-            if optimizer is not None:
-                save_file(dict(optimizer), passing / OPTIMIZER)
-            (passing / "state.json").write_text(json.dumps(asdict(state)), "utf-8")
-            files = {}
-            for path in sorted(passing.iterdir()):
-                sync(path)
-                files[path.name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-            write_whole(passing / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1).encode())
-            remove_checkpoint(final)
-            passing.rename(final)
-            sync_folder(final.parent)
+            write_checkpoint(path, model, optimizer, asdict(state))
             for old in self.checkpoints()[:-keep_last]:
                 remove_checkpoint(old)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(passing, ignore_errors=True)
-            message = f"{final} could not be saved: {error}; the checkpoint before it is untouched"
+            message = f"{path} could not be saved: {error}; the checkpoint before it is untouched"
             raise CheckpointError(message) from None
-        return final
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Its name first, so that half a checkpoint neither counts as one nor stays."""
-    if path.exists():
-        passing = path.rename(path.with_name(f".{path.name}.{os.getpid()}.old"))
-        sync_folder(path.parent)
-        shutil.rmtree(passing)
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Size and sha256 of each file, by its name."""
-    try:
-        return dict(json.loads((checkpoint / MANIFEST).read_text("utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoint / MANIFEST}: {error}") from None
-
-
-def verify(checkpoint: Path) -> None:
-    """Raises CheckpointError unless every file is what the manifest says, model and state among them."""
-    files = read_manifest(checkpoint)
-    try:
-        for name in sorted({"model.safetensors", "state.json", *files}):
-            path, expected = checkpoint / name, files[name]
-            if path.stat().st_size != expected["size"] or sha256_of(path) != expected["sha256"]:
-                raise CheckpointError(
-                    f"{path} is damaged, its size or sha256 is not the manifest's: remove the folder to use an older"
-                )
-    except (OSError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint}: {error}") from None
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones once."""
-    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-@torch.no_grad()
-def load_model(model: nn.Module, path: Path, optional: str | None = None) -> None:
-    """Copy a file's tensors into the model one at a time, in the model's dtypes. Raises CheckpointError listing what is
-    missing, unexpected or of another shape, before any is copied. optional: names that begin so may be on one side
-    only."""
-    tensors = tensors_of(model)
-    try:
-        with safe_open(path, framework="pt") as file:  # maps the file: what is not read takes no memory
-            names = list(file.keys())
-            stored = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            wrong = misfits(stored, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, optional)
-            if wrong:
-                raise CheckpointError(f"{path} does not fit this model: {'; '.join(wrong[:5])}")
-            for name in (name for name in names if name in tensors):
-                tensors[name].copy_(file.get_tensor(name))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def misfits(stored: dict[str, Shape], wanted: dict[str, Shape], optional: str | None = None) -> list[str]:
-    """What keeps a file's tensors from being a model's, by their shapes. optional: see load_model."""
-    wrong = []
-    for name in sorted(stored.keys() | wanted.keys()):
-        found, shape = stored.get(name), wanted.get(name)
-        if found is None or shape is None:
-            if not (optional and name.startswith(optional)):
-                wrong.append(f"{name} is {'missing' if found is None else 'not known'}")
-        elif found != shape:
-            wrong.append(f"{name} is {found} instead of {shape}")
-    return wrong
+        return path
 
 
 def read_state(checkpoint: Path) -> State:
     try:
-        return from_dict(State, json.loads((checkpoint / "state.json").read_text("utf-8")), "state")
+        return from_dict(State, json.loads((checkpoint / STATE).read_text("utf-8")), "state")
     except (OSError, ValueError, ConfigError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint / 'state.json'}: {error}") from None
 
@@ -365,7 +274,7 @@ def load(
     its weights and so of all products; bfloat16 takes half the memory. Raises DeviceError when they do not fit."""
     stored = open_run(path, checkpoint)
     model = empty_model(stored.config.model, device, dtype, stored.checkpoint)
-    load_model(model, stored.checkpoint / "model.safetensors")
+    load_model(model, stored.checkpoint / MODEL)
     return Run(model.eval(), stored.tokenizer, stored.config, stored.checkpoint)
 
 

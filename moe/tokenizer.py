@@ -1,4 +1,5 @@
-"""Text to token ids and back: byte-level BPE, run by tiktoken. What an imported model brings instead is in imported.py.
+"""Text to token ids and back: byte-level BPE, run by tiktoken. What an imported model brings instead is in
+corpus/imported.py.
 
 Our own vocabularies hold all 256 bytes, so any text, and any sequence of bytes, can be written and comes back
 unchanged. One special token, `<|endoftext|>`, stands before every document; it is the context of the first token. It is
@@ -124,7 +125,7 @@ class Tokenizer(ABC):
         if kind == "none":
             return NoTokenizer()
         if kind == "huggingface":
-            from moe.imported import HubTokenizer  # the room below this one
+            from moe.corpus.imported import HubTokenizer  # the room below this one
 
             return HubTokenizer.from_json(stored)
         return BytePairs.from_json(stored)

@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 
 import moe
 import train
-from moe.checkpoint import CheckpointError, RunFolder, load_model, load_tensors, tensors_of, verify
+from moe.checkpoint import RunFolder
 from moe.config import DataConfig
 from moe.corpus import prepare
 from moe.data import TokenStream
 from moe.lab.score import evaluate
 from moe.machine.device import DeviceError
+from moe.machine.stored import CheckpointError, load_model, load_tensors, tensors_of, verify
 from moe.metrics import MetricsLog, read_metrics
 from moe.model import Transformer
 
@@ -324,9 +325,9 @@ def test_a_checkpoint_whose_removal_is_interrupted_does_not_count(text, monkeypa
     folder = RunFolder(Path("run"))
     (checkpoint,) = folder.checkpoints()[-1:]
     with monkeypatch.context() as patch:
-        patch.setattr(moe.checkpoint.shutil, "rmtree", lambda path: 1 / 0)
+        patch.setattr(moe.machine.stored.shutil, "rmtree", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            moe.checkpoint.remove_checkpoint(checkpoint)
+            moe.machine.stored.remove_checkpoint(checkpoint)
     assert checkpoint not in folder.checkpoints()
     assert list(Path("run/checkpoints").glob(".*"))
     folder.acquire()
@@ -513,14 +514,14 @@ def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(copy):
 
 
 def test_a_failing_disk_leaves_the_checkpoint_before(text, monkeypatch, capsys):
-    original = moe.checkpoint.sync
+    original = moe.machine.stored.sync
 
     def full(path):
         if path.name == "optimizer.safetensors" and "00000010" in str(path):
             raise OSError(28, "No space left on device")
         original(path)
 
-    monkeypatch.setattr(moe.checkpoint, "sync", full)
+    monkeypatch.setattr(moe.machine.stored, "sync", full)
     assert run_training("--out", "run", "--data", text, *FEATURES, "--train.save-interval", "5") == 2
     assert "No space left" in capsys.readouterr().err
     folder = RunFolder(Path("run"))

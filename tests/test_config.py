@@ -8,18 +8,9 @@ from dataclasses import fields, replace
 import pytest
 from conftest import run_training
 
-from moe.config import (
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RopeScaling,
-    RunConfig,
-    TrainConfig,
-    from_dict,
-    to_dict,
-)
+from moe.config import ConfigError, DataConfig, ModelConfig, OptimConfig, RopeScaling, RunConfig, TrainConfig
 from moe.machine.device import resolve, resolve_device
+from moe.machine.parsing import from_dict, to_dict
 from moe.presets import presets
 
 GROUPED = {"attention": "grouped"}

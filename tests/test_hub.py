@@ -15,11 +15,11 @@ import moe.lab.__main__ as lab
 import sample
 import train
 from moe import hub
-from moe.checkpoint import tensors_of
 from moe.hub.__main__ import main
 from moe.hub.families import FAMILIES
 from moe.hub.parity import draw
 from moe.lab.score import score
+from moe.machine.stored import tensors_of
 
 PROMPT = "ROMEO:\nWhat"
 

@@ -18,8 +18,8 @@ from moe.checkpoint import Run
 from moe.config import DataConfig, RunConfig, SampleConfig
 from moe.corpus import prepare
 from moe.corpus.bpe import train_bpe
+from moe.corpus.imported import HubTokenizer
 from moe.hub.tokenizers import read_tokenizer, write_tokenizer
-from moe.imported import HubTokenizer
 from moe.lab.score import prices_of
 from moe.sampling import prompt_tokens, sample
 from moe.tokenizer import END_OF_TEXT, GPT2_PATTERN, SINGLE_BYTES, BytePairs, Tokenizer, TokenizerError, bytes_tokenizer

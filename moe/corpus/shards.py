@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moe.config import ConfigError, MoeError, from_dict
+from moe.config import ConfigError, MoeError
 from moe.corpus.sources import SPLITS, START, Position
 from moe.machine.files import sync_folder
+from moe.machine.parsing import from_dict
 from moe.tokenizer import Tokenizer
 
 FORMAT = 2

@@ -8,9 +8,10 @@ different things from one `config.json`, `reading` says which to follow, and the
 from dataclasses import fields, replace
 from typing import Any, Literal, get_args
 
-from moe.config import ConfigError, ModelConfig, RopeScaling, from_dict
+from moe.config import ConfigError, ModelConfig, RopeScaling
 from moe.hub.families import FAMILIES, Family, family_named
 from moe.hub.folder import HubError
+from moe.machine.parsing import from_dict
 
 Reading = Literal["transformers", "deepseek"]
 Config = dict[str, Any]  # a config.json

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from moe.checkpoint import misfits, open_run, tensors_of
+from moe.checkpoint import open_run
 from moe.config import ModelConfig
 from moe.hub.card import card, facts_of
 from moe.hub.configs import family_of, write_config
@@ -25,6 +25,7 @@ from moe.hub.tokenizers import write_tokenizer
 from moe.hub.writing import write_folder
 from moe.machine.cost import outline
 from moe.machine.device import Dtype
+from moe.machine.stored import misfits, tensors_of
 from moe.model import Transformer
 from moe.tokenizer import NoTokenizer, Tokenizer
 

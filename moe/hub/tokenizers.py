@@ -15,8 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe.corpus.imported import BYTE_LETTERS, META_SPACE, HubTokenizer, build_core, checked_ids, rust
 from moe.hub import folder
-from moe.imported import BYTE_LETTERS, META_SPACE, HubTokenizer, build_core, checked_ids, rust
 from moe.machine.files import write_whole
 from moe.tokenizer import END_OF_TEXT, BytePairs, Tokenizer, TokenizerError
 

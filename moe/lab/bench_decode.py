@@ -27,12 +27,13 @@ from torch import Tensor
 
 import moe
 from moe.attention import Cache
-from moe.checkpoint import RunFolder, State, load, tensors_of
+from moe.checkpoint import RunFolder, State, load
 from moe.config import ModelConfig, RunConfig, TrainConfig
 from moe.experts import MoE
 from moe.lab.bench import BenchError, Row, alternate, check_rounds, copy_bandwidth, medians, present, ratio
 from moe.machine.cost import readable
 from moe.machine.device import Runtime, resolve_device
+from moe.machine.stored import tensors_of
 from moe.model import Transformer
 from moe.sampling import generate
 from moe.tokenizer import NoTokenizer

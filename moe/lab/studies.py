@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moe.config import ModelConfig, MoeError, RunConfig, from_dict, to_dict
+from moe.config import ModelConfig, MoeError, RunConfig
 from moe.machine.cost import count
+from moe.machine.parsing import from_dict, to_dict
 from moe.presets import presets
 
 Changes = Mapping[str, Any]  # fields of RunConfig by their dotted names

@@ -1,0 +1,144 @@
+"""A checkpoint on the disk: a folder that is whole or does not exist, and what its tensors are read into.
+
+It is written beside the others under a passing name; its files are synced, then the manifest with their sizes and
+sha256, then the folder is renamed. One without a manifest does not exist. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moe.config import MoeError
+from moe.machine.files import sync, sync_folder, write_whole
+
+MANIFEST = "manifest.json"
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+PASSING = re.compile(r"\.\d{8,}\.\d+(\.old)?")  # the names of a checkpoint that is not there yet, or no longer
+Shape = tuple[int, ...]
+
+
+class CheckpointError(MoeError):
+    """A run's folder that cannot be read, written or continued."""
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checkpoint(
+    path: Path, model: Mapping[str, Tensor], optimizer: Iterable[tuple[str, Tensor]] | None, state: dict[str, Any]
+) -> None:
+    """Write a checkpoint, in the place of one of that name. optimizer: None for a model that was not trained here.
+    Raises OSError or SafetensorError, and what there was is untouched."""
+    passing = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        passing.mkdir(parents=True)
+        save_file(dict(model), passing / MODEL)
+        if optimizer is not None:
+            save_file(dict(optimizer), passing / OPTIMIZER)
+        (passing / STATE).write_text(json.dumps(state), "utf-8")
+        files = {}
+        for file in sorted(passing.iterdir()):
+            sync(file)
+            files[file.name] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
+        write_whole(passing / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1).encode())
+        remove_checkpoint(path)
+        passing.rename(path)
+        sync_folder(path.parent)
+    except (OSError, SafetensorError):
+        shutil.rmtree(passing, ignore_errors=True)
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Those of a process that was killed while it wrote or removed a checkpoint in this folder."""
+    for path in folder.glob(".*"):
+        if PASSING.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Its name first, so that half a checkpoint neither counts as one nor stays."""
+    if path.exists():
+        passing = path.rename(path.with_name(f".{path.name}.{os.getpid()}.old"))
+        sync_folder(path.parent)
+        shutil.rmtree(passing)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Size and sha256 of each file, by its name."""
+    try:
+        return dict(json.loads((checkpoint / MANIFEST).read_text("utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint / MANIFEST}: {error}") from None
+
+
+def verify(checkpoint: Path) -> None:
+    """Raises CheckpointError unless every file is what the manifest says, model and state among them."""
+    files = read_manifest(checkpoint)
+    try:
+        for name in sorted({MODEL, STATE, *files}):
+            path, expected = checkpoint / name, files[name]
+            if path.stat().st_size != expected["size"] or sha256_of(path) != expected["sha256"]:
+                raise CheckpointError(
+                    f"{path} is damaged, its size or sha256 is not the manifest's: remove the folder to use an older"
+                )
+    except (OSError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from None
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, tied ones once."""
+    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+@torch.no_grad()
+def load_model(model: nn.Module, path: Path, optional: str | None = None) -> None:
+    """Copy a file's tensors into the model one at a time, in the model's dtypes. Raises CheckpointError listing what is
+    missing, unexpected or of another shape, before any is copied. optional: names that begin so may be on one side
+    only."""
+    tensors = tensors_of(model)
+    try:
+        with safe_open(path, framework="pt") as file:  # maps the file: what is not read takes no memory
+            names = list(file.keys())
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            wrong = misfits(stored, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, optional)
+            if wrong:
+                raise CheckpointError(f"{path} does not fit this model: {'; '.join(wrong[:5])}")
+            for name in (name for name in names if name in tensors):
+                tensors[name].copy_(file.get_tensor(name))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def misfits(stored: dict[str, Shape], wanted: dict[str, Shape], optional: str | None = None) -> list[str]:
+    """What keeps a file's tensors from being a model's, by their shapes. optional: see load_model."""
+    wrong = []
+    for name in sorted(stored.keys() | wanted.keys()):
+        found, shape = stored.get(name), wanted.get(name)
+        if found is None or shape is None:
+            if not (optional and name.startswith(optional)):
+                wrong.append(f"{name} is {'missing' if found is None else 'not known'}")
+        elif found != shape:
+            wrong.append(f"{name} is {found} instead of {shape}")
+    return wrong
