@@ -142,18 +142,17 @@ def experts_of(experts: int, chosen: int, width: int) -> Arm:
     return Arm(f"{chosen} of {experts}, width {width}", {f"model.{name}": n for name, n in changes.items()} | shared)
 
 
+def adam_tries(adam: tuple[float, ...], decays: tuple[float, ...]) -> tuple[Changes, ...]:
+    """Every pair of AdamW's learning rate and the matrices' decay. Muon keeps its own rate, which tiny's was tuned for;
+    AdamW takes both for the matrices too, and since a step decays by their product, wants more decay at less of a
+    rate."""
+    return tuple({"optim.adam_lr": rate, "optim.muon_weight_decay": decay} for rate in adam for decay in decays)
+
+
 def studies() -> dict[str, Study]:
     no_bias, no_loss = {"model.bias_update_speed": 0.0}, {"model.balance_loss": "none"}
     tiny = presets()["tiny"]
-    muon_rates = tuple(
-        {"optim.adam_lr": times * tiny.optim.adam_lr, "optim.muon_weight_decay": decay}
-        for times in (0.5, 1.0)
-        for decay in (0.1, 0.3)
-    )
     adamw = {"optim.matrix_optimizer": "adamw"}
-    adamw_rates = tuple(  # per step the decay is rate times weight decay: lower rates want more of it
-        {"optim.adam_lr": rate, "optim.muon_weight_decay": decay} for rate in (0.003, 0.006) for decay in (0.3, 2.0)
-    )
     return {
         "moe-vs-dense": moe_vs_dense(),
         "shared": one_thing(
@@ -199,8 +198,8 @@ def studies() -> dict[str, Study]:
         ),
         "optimizer": one_thing(
             "Muon for the matrices, or AdamW for everything?",
-            Arm("muon", {}, muon_rates),
-            Arm("adamw", adamw, adamw_rates),
+            Arm("muon", {}, adam_tries((0.006, 0.012, 0.024), (0.15, 0.3, 0.6))),
+            Arm("adamw", adamw, adam_tries((0.0015, 0.003, 0.006), (0.6, 2.0, 6.0))),
         ),
         "average": one_thing(
             "Is a running average of the weights better than the last ones?",
