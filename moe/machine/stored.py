@@ -42,7 +42,7 @@ def write_checkpoint(
     path: Path, model: Mapping[str, Tensor], optimizer: Iterable[tuple[str, Tensor]] | None, state: dict[str, Any]
 ) -> None:
     """Write a checkpoint, in the place of one of that name. optimizer: None for a model that was not trained here.
-    Raises OSError or SafetensorError, and what there was is untouched."""
+    Raises OSError or SafetensorError; the other checkpoints are untouched then."""
     passing = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         passing.mkdir(parents=True)
