@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 import moe
 from moe.checkpoint import Run
 from moe.config import SampleConfig
+from moe.machine.command import out_of_memory
 from moe.machine.device import Dtype
 from moe.sampling import SamplingError, sample, to_stderr
 
@@ -123,8 +123,10 @@ def main() -> int:
     except moe.MoeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("error: out of GPU memory: lower --num-samples, or pass --dtype bfloat16", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print("error: out of memory: lower --num-samples, or pass --dtype bfloat16", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

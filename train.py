@@ -10,7 +10,6 @@ python train.py --model.n-routed-experts 16        any field by its name
 import argparse
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -22,18 +21,32 @@ import torch
 import tyro
 
 import moe
-from moe.checkpoint import Run, RunFolder, State, open_run, random_state, read_state, set_random_state
+from moe.checkpoint import Run, RunFolder, State, open_run, read_state
 from moe.config import ConfigError, ModelConfig, MoeError, RunConfig, TrainConfig
 from moe.corpus import Corpus, prepare
 from moe.data import Batches, TokenStream
 from moe.lab.pictures import draw_run
 from moe.lab.score import check_length, evaluate
+from moe.machine.command import out_of_memory
 from moe.machine.cost import activation_bytes, count, readable
 from moe.machine.device import DeviceError, resolve, resolve_device, reuse_memory, working_losses
+from moe.machine.reproduce import random_state, set_random_state
+from moe.machine.signals import Requests
 from moe.machine.stored import CheckpointError, load_model, tensors_of
-from moe.metrics import CollapseAlarm, Display, Eta, MetricsLog, Wandb, clock, load_record, routing_record
+from moe.metrics import (
+    CollapseAlarm,
+    Display,
+    Eta,
+    MetricsLog,
+    Wandb,
+    best_before,
+    clock,
+    load_record,
+    read_metrics,
+    routing_record,
+)
 from moe.model import Transformer
-from moe.optim import Average, Optimizers, accumulate, mtp_weight
+from moe.optim import Average, Optimizers, accumulate, clip_gradients, gradient_norm, mtp_weight, not_finite
 from moe.presets import NOTES, ONCE, presets
 from moe.tokenizer import Tokenizer
 
@@ -181,26 +194,7 @@ def announce(config: RunConfig, corpus: Corpus, decisions: dict[str, str], displ
         display.warn("warning: load balancing is off, neither bias nor balance loss: expect experts to starve")
 
 
-class Interruption:
-    """Ctrl-C and SIGTERM ask for a checkpoint and an end; a second Ctrl-C does not wait."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.before: dict[int, Any] = {}
-
-    def listen(self) -> None:
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def over(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def train(session: Session, config: RunConfig, folder: RunFolder, display: Display, interruption: Interruption) -> None:
+def train(session: Session, config: RunConfig, folder: RunFolder, display: Display, requests: Requests) -> None:
     # -- the run's folder, and how to compute --------------------------------------------------------------------------
     folder.acquire()
     resuming = bool(folder.checkpoints())
@@ -277,8 +271,8 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     if resuming:
         set_random_state(state.rng)
     display.start(folder.path.name)
-    eta = Eta(state.progress(config))
-    interruption.listen()
+    eta, lowest = Eta(state.progress(config)), folder.best()[0]
+    requests.listen()
     model.train()
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -287,24 +281,26 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         parts, weight = config.train.parts(state.progress(config)), mtp_weight(state.progress(config), config.optim)
         step_batches = [batches.next(runtime.device, parts) for _ in range(micro_batches)]
         losses = accumulate(losses_of, step_batches, runtime.autocast, model, weight)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or math.inf).item()
-        loss = losses.loss.item()
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        loss, norm, load, lr_share, skipped = losses.loss.item(), gradient_norm(model), None, 0.0, 0
+        trouble = not_finite(model, loss, norm.item())
+        if trouble is None:
+            clip_gradients(model, config.optim.grad_clip, norm)
+            lr_share = optimizers.step(state.progress(config))
+            if losses.routing is not None:
+                model.update_expert_bias(losses.routing.load)
+                load = losses.routing.load.cpu()
+            average.update(state.step)
+        elif (skipped := state.skipped + 1) > config.train.skip_non_finite:
             raise TrainingError(
-                f"step {state.step + 1}: the loss is {loss} and the gradient's norm {grad_norm}, so training stops; "
-                f"the last checkpoint in {folder.path} is untouched. Lower --optim.muon-lr and --optim.adam-lr"
+                f"step {state.step + 1}: {trouble}, so training stops; the last checkpoint in {folder.path} is "
+                "untouched. Lower --optim.muon-lr and --optim.adam-lr"
             )
-        lr_share = optimizers.step(state.progress(config))
+        else:
+            display.warn(f"step {state.step + 1} is left out: {trouble}")
         optimizers.zero_grad()
-        load = None
-        if losses.routing is not None:
-            model.update_expert_bias(losses.routing.load)
-            load = losses.routing.load.cpu()
-        average.update(state.step)
         took, began = time.perf_counter() - began, time.perf_counter()
-        state = replace(
-            state, step=state.step + 1, tokens=state.tokens + config.train.tokens_per_step, seconds=state.seconds + took
-        )
+        tokens, seconds = state.tokens + config.train.tokens_per_step, state.seconds + took
+        state = replace(state, step=state.step + 1, tokens=tokens, seconds=seconds, skipped=skipped, val_loss=None)
 
         done = state.progress(config) >= 1
         record = {
@@ -314,12 +310,12 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
             "loss": loss,
             **{f"mtp_{depth}_loss": term for depth, term in enumerate(losses.mtp.tolist(), 1)},
             "nats_per_character": loss / characters_per_token,
-            "grad_norm": grad_norm,
+            "grad_norm": norm.item(),
             "lr_share": lr_share,
             **routing_record(
                 losses.routing, detailed=done or state.step == 1 or every(config.train.log_interval, state.step)
             ),
-        }
+        } | ({"skipped": True} if skipped else {})
         if done or every(config.train.eval_interval, state.step):
             with average.applied():
                 limit = 0 if done else config.train.eval_tokens
@@ -327,14 +323,20 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
                 if done and len(test):
                     record |= evaluate(model, test, window, runtime.autocast)[0].record("test")
             record |= score.record() | {f"val_{name}": value for name, value in load_record(val_load).items()}
+            if not (done and limit != config.train.eval_tokens):
+                state = replace(state, val_loss=record["val_loss"])
             began = time.perf_counter()  # the training clock counts all but evaluation and saving
         log.write(record)
         wandb.log(record)
         display.step(record, state.progress(config), config.train.tokens_per_step / took, eta(state.progress(config)))
-        if (warning := alarm.check(load)) is not None:
+        if not skipped and (warning := alarm.check(load)) is not None:
             display.warn(warning)
-        ending = done or interruption.asked
-        if ending or every(config.train.save_interval, state.step):
+        folder.saved(patient=False)
+        ending, price = done or requests.end, math.inf if state.val_loss is None else state.val_loss
+        improved, lowest = price < lowest, min(lowest, price)
+        wanted = requests.save or every(config.train.save_interval, state.step) or (improved and config.train.keep_best)
+        if ending or wanted:
+            requests.save = False
             broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
             if broken:
                 raise TrainingError(
@@ -344,11 +346,13 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
             epoch, place = batches.cursor.epoch, batches.cursor.window
             state = replace(state, epoch=epoch, window=place, rng=random_state(), balance=alarm.streaks)
             with average.applied():
-                tensors = chain(optimizers.state(), average.state())
-                checkpoint = folder.save(tensors_of(model), tensors, state, config.train.keep_last)
+                folder.save_meanwhile(
+                    tensors_of(model), chain(optimizers.state(), average.state()), state, config.train
+                )
             began = time.perf_counter()
         if ending:
             break
+    folder.saved()
     wandb.close()
     display.close()
 
@@ -356,12 +360,18 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     if not done:
         again = f"python train.py --out {folder.path} --resume auto"
         return display.say(f"\nstopped and saved after step {state.step:,}; go on with: {again}")
+    checkpoint = folder.checkpoints()[-1]
     display.say(f"\ntrained  {state.step:,} steps in {clock(state.seconds)}; checkpoint {checkpoint}")
     for label, split, name in (("result", "val", "validation"), ("test", "test", "test")):
         if f"{split}_loss" in record:
             figures = [record[f"{split}_{figure}"] for figure in ("nats_per_character", "bits_per_byte", "loss")]
             prices = "{:.4f} nats per character, {:.4f} bits per byte, {:.4f} nats per token".format(*figures)
             display.say(f"{label:8} {prices} on the whole {name} split")
+    if (earlier := best_before(read_metrics(folder.metrics))) is not None:
+        kept = folder.best()[1]
+        where = f", kept as {kept}" if kept and int(kept.name) == earlier["step"] else ""
+        best = f"{earlier['val_nats_per_character']:.4f} at step {earlier['step']:,}{where}"
+        display.say(f"best     {best}; what followed made it worse: try fewer steps, or --model.hidden-dropout 0.2")
     if val_load is not None:
         balance = f"MaxVio {record['val_max_vio']:.2f} in the worst layer, {record['val_dead_experts']} dead experts"
         display.say(f"balance  over the validation split: {balance}")
@@ -383,19 +393,21 @@ def main(arguments: list[str]) -> int:
         if session.list_presets:
             list_presets()
             return 0
-        display, interruption = Display(session.plain, session.quiet, config.train.log_interval), Interruption()
+        display, requests = Display(session.plain, session.quiet, config.train.log_interval), Requests()
         try:
-            train(session, config, folder, display, interruption)
+            train(session, config, folder, display, requests)
         finally:
             display.close()
-            interruption.over()
-            folder.lock.release()
+            requests.over()
+            folder.release()
     except MoeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         advice = "lower --train.micro-batch-size, pass --train.activation-checkpointing, or choose a smaller model"
-        print(f"error: out of GPU memory: {advice}", file=sys.stderr)
+        print(f"error: out of memory: {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -8,14 +8,12 @@ How a checkpoint comes to be whole is in machine/stored.py. An imported model ha
 to be used, and to start a training from, but not to be continued.
 """
 
-import base64
-import importlib.metadata
 import json
-import platform
+import math
 import re
 import shutil
-import subprocess
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -25,12 +23,13 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
-from moe.config import ConfigError, ModelConfig, RunConfig
+from moe.config import ConfigError, ModelConfig, RunConfig, TrainConfig
 from moe.data import Cursor
 from moe.machine.cost import outline
 from moe.machine.device import Dtype, Runtime, check_room, hardware, resolve_device
-from moe.machine.files import write_whole
+from moe.machine.files import sync, write_whole
 from moe.machine.parsing import from_dict, to_dict
+from moe.machine.reproduce import versions
 from moe.machine.stored import (
     MANIFEST,
     MODEL,
@@ -68,6 +67,8 @@ class State:
     window: int = 0
     rng: dict = field(default_factory=dict)
     balance: dict = field(default_factory=dict)  # steps each MoE layer has looked collapsed for
+    skipped: int = 0  # of the last steps, how many on end were left out, being not finite
+    val_loss: float | None = None  # where this step was evaluated, and may be compared with other steps
 
     def progress(self, config: RunConfig) -> float:
         """The part of the training that is done, by the training clock or by steps; 1 and above: all."""
@@ -84,6 +85,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lock = FileLock(path / ".lock")
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.saving: Future[Path] | None = None
 
     @property
     def metrics(self) -> Path:
@@ -184,23 +187,67 @@ class RunFolder:
         model: Mapping[str, Tensor],
         optimizer: Iterable[tuple[str, Tensor]] | None,
         state: State,
-        keep_last: int = 1,
+        keep: TrainConfig | None = None,
     ) -> Path:
-        """Write a checkpoint, then remove the oldest beyond keep_last. Raises CheckpointError when the disk does not
+        """Write a checkpoint, then remove those that need not be kept. Raises CheckpointError when the disk does not
         play along.
 
         model: its tensors as they are to be used, the average where there is one. optimizer: None for a model that was
-        not trained here.
+        not trained here. keep: how many; by default all.
         """
         path = self.path / "checkpoints" / f"{state.step:08d}"
         try:
+            if self.metrics.exists():  # no step that the checkpoint has behind it may be missing there
+                sync(self.metrics)
             write_checkpoint(path, model, optimizer, asdict(state))
-            for old in self.checkpoints()[:-keep_last]:
-                remove_checkpoint(old)
         except (OSError, SafetensorError) as error:
             message = f"{path} could not be saved: {error}; the checkpoint before it is untouched"
             raise CheckpointError(message) from None
+        try:
+            for old in self.superfluous(keep) if keep else ():
+                remove_checkpoint(old)
+        except OSError as error:
+            raise CheckpointError(f"{path} is saved, but an older one could not be removed: {error}") from None
         return path
+
+    def save_meanwhile(
+        self, model: Mapping[str, Tensor], optimizer: Iterable[tuple[str, Tensor]], state: State, keep: TrainConfig
+    ) -> None:
+        """`save`, by a thread, of a copy that is made now: training goes on. What goes wrong there is raised here the
+        next time, or by `saved`."""
+        self.saved()
+        copies = [
+            {name: tensor.to("cpu", copy=True) for name, tensor in dict(part).items()} for part in (model, optimizer)
+        ]
+        self.saving = self.writer.submit(self.save, copies[0], copies[1].items(), state, keep)
+
+    def saved(self, patient: bool = True) -> None:
+        """Wait for what is being saved; if not patient, only look whether it went wrong. Raises CheckpointError."""
+        if self.saving and (patient or self.saving.done()):
+            saving, self.saving = self.saving, None
+            saving.result()
+
+    def release(self) -> None:
+        """The lock, once nothing is being written any more."""
+        if self.saving:
+            wait([self.saving])
+        self.lock.release()
+
+    def best(self) -> tuple[float, Path | None]:
+        """The lowest validation loss among the complete checkpoints, and whose it is."""
+        priced = ((val_loss_of(path), path) for path in self.checkpoints())
+        return min(((loss, path) for loss, path in priced if loss is not None), default=(math.inf, None))
+
+    def superfluous(self, keep: TrainConfig) -> list[Path]:
+        best = self.best()[1] if keep.keep_best else None
+        return [path for path in self.checkpoints()[: -keep.keep_last] if path != best]
+
+
+def val_loss_of(checkpoint: Path) -> float | None:
+    try:
+        return read_state(checkpoint).val_loss
+    except CheckpointError:  # a damaged one is no reason to end a training
+        return None
 
 
 def read_state(checkpoint: Path) -> State:
@@ -208,37 +255,6 @@ def read_state(checkpoint: Path) -> State:
         return from_dict(State, json.loads((checkpoint / STATE).read_text("utf-8")), "state")
     except (OSError, ValueError, ConfigError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint / 'state.json'}: {error}") from None
-
-
-def random_state() -> dict[str, Any]:
-    """Of every generator training may draw from, as JSON."""
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_initialized():  # a run on the CPU leaves GPUs alone
-        states += torch.cuda.get_rng_state_all()
-    encoded = [base64.b64encode(state.numpy().tobytes()).decode() for state in states]
-    return {"torch": encoded[0], "cuda": encoded[1:]}
-
-
-def set_random_state(stored: dict[str, Any]) -> None:
-    try:
-        encoded = [base64.b64decode(text) for text in (stored["torch"], *stored["cuda"])]
-        states = [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in encoded]
-        torch.set_rng_state(states[0])
-        for index, state in enumerate(states[1 : 1 + torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, index)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"state.json: the random state is damaged: {error}") from None
-
-
-def versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken", "safetensors")}
-    try:
-        command, here = ["git", "rev-parse", "HEAD"], Path(__file__).resolve().parent
-        asked = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10, check=False)
-        revision = asked.stdout.strip() or "unknown"
-    except (OSError, subprocess.SubprocessError):
-        revision = "unknown"
-    return {"python": platform.python_version(), **found, "git": revision}
 
 
 @dataclass(frozen=True)
@@ -267,12 +283,11 @@ def newest_run(under: Path = Path("out")) -> Path:
     return max(runs, key=lambda folder: folder.checkpoints()[-1].stat().st_mtime).path
 
 
-def load(
-    path: str | Path | None = None, device: str = "auto", checkpoint: Path | None = None, dtype: Dtype = "float32"
-) -> Run:
-    """Open a run's newest checkpoint, in evaluation mode. path: its folder; by default the newest under out/. dtype: of
-    its weights and so of all products; bfloat16 takes half the memory. Raises DeviceError when they do not fit."""
-    stored = open_run(path, checkpoint)
+def load(path: str | Path | None = None, device: str = "auto", dtype: Dtype = "float32") -> Run:
+    """Open a run's newest checkpoint, in evaluation mode. path: its folder, or the folder of one of its checkpoints; by
+    default the newest run's under out/. dtype: of its weights and so of all products; bfloat16 takes half the memory.
+    Raises DeviceError when they do not fit."""
+    stored = open_run(path)
     model = empty_model(stored.config.model, device, dtype, stored.checkpoint)
     load_model(model, stored.checkpoint / MODEL)
     return Run(model.eval(), stored.tokenizer, stored.config, stored.checkpoint)
@@ -290,13 +305,15 @@ def empty_model(config: ModelConfig, device: str, dtype: Dtype, what: object) ->
     return model
 
 
-def open_run(path: str | Path | None = None, checkpoint: Path | None = None) -> StoredRun:
-    """A run's newest checkpoint, verified, and what belongs to it. path: as of `load`."""
-    folder = RunFolder(Path(path) if path is not None else newest_run())
-    complete = folder.checkpoints()
+def open_run(path: str | Path | None = None) -> StoredRun:
+    """A run's newest checkpoint, or the one that is named, verified, and what belongs to it. path: as of `load`."""
+    path = Path(path) if path is not None else newest_run()
+    named = path.absolute().parent.name == "checkpoints" and (path / MANIFEST).exists()
+    folder = RunFolder(path.absolute().parents[1] if named else path)
+    complete = [path] if named else folder.checkpoints()
     if not complete:
         raise CheckpointError(f"{folder.path} holds no run: it has no complete checkpoint")
-    checkpoint = checkpoint or complete[-1]
+    checkpoint = complete[-1]
     verify(checkpoint)
     config, _, data = folder.read_setup()
     file = folder.path / "tokenizer.json"

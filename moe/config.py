@@ -339,10 +339,12 @@ class TrainConfig:
     save_interval: int = 300  # steps; 0: only at the end
     log_interval: int = 50  # steps between records of each layer's load, and between lines where there is no terminal
     keep_last: int = 2  # checkpoints
+    keep_best: bool = True  # and the one of lowest validation loss: each evaluation below those before is saved
+    skip_non_finite: int = 0  # steps on end that may be left out for their loss or gradient; one more ends training
 
     def __post_init__(self) -> None:
         require_above(0, self, "tokens_per_step sequence_length short_parts log_interval keep_last", "train.")
-        require_not_negative(self, "short_until eval_interval eval_tokens save_interval", "train.")
+        require_not_negative(self, "short_until eval_interval eval_tokens save_interval skip_non_finite", "train.")
         tokens, length, micro = self.tokens_per_step, self.sequence_length, self.micro_batch_size
         nearest = max(round(tokens / length), 1) * length
         require(

@@ -4,7 +4,7 @@ Notation: L MoE layers, E routed experts.
 """
 
 import json
-import os
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from torch import Tensor
 
 from moe.config import MoeError
+from moe.machine.files import write_whole
 from moe.router import RoutingStats, collapsed_layers, dead_experts, load_entropy, max_violation
 
 Record = dict[str, Any]
@@ -72,14 +73,14 @@ class MetricsLog:
         """keep_steps: what an earlier process wrote for later steps, and a torn last line, are cut off."""
         self.path = path
         kept = [record for record in read_metrics(path) if record["step"] <= keep_steps] if path.exists() else []
-        passing = path.with_name(f".{path.name}.{os.getpid()}")
-        passing.write_text("".join(json.dumps(record) + "\n" for record in kept), "utf-8")
-        os.replace(passing, path)
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def write(self, record: Record) -> None:
+        """A number that is not finite, which JSON has no name for, becomes null."""
+        names = (name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value))
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record | dict.fromkeys(names)) + "\n")
         except OSError as error:
             raise MoeError(f"{self.path}: cannot be written: {error.strerror}") from None
 
@@ -100,6 +101,15 @@ def read_metrics(path: Path) -> list[Record]:
             raise MoeError(f"{path}, line {number}: not a metrics line ({type(error).__name__}: {error})") from None
         records.append(record)
     return records
+
+
+def best_before(records: list[Record]) -> Record | None:
+    """The evaluation that was best, where training on made it worse by more than a hundredth. Those that read another
+    part of the validation split than the first did are left out."""
+    evaluated = [record for record in records if "val_loss" in record]
+    alike = [record for record in evaluated if record["val_tokens"] == evaluated[0]["val_tokens"]]
+    best = min(alike, key=lambda record: record["val_loss"], default=None)
+    return best if best and alike[-1]["val_loss"] > 1.01 * best["val_loss"] else None
 
 
 class Display:

@@ -55,6 +55,32 @@ def weighs_by_whole_batch(config: ModelConfig, micro_batches: int) -> bool:
     return micro_batches > 1 and config.balance_loss == "switch" and config.num_moe_layers > 0
 
 
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Of all gradients together."""
+    return torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
+
+
+def clip_gradients(model: nn.Module, longest: float, norm: Tensor) -> None:
+    """Make them no longer than that; 0: as long as they are. norm: theirs."""
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), longest or math.inf, norm)
+
+
+def not_finite(model: nn.Module, loss: float, norm: float) -> str | None:
+    """What is wrong with a step whose loss or gradient is not finite, and where it shows first; None with any other."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return None
+    named = list(model.named_parameters())
+    weights = [f"{name} itself" for name, weight in named if not weight.isfinite().all()]
+    gradients = [
+        f"the gradient of {name}"
+        for name, weight in named
+        if weight.grad is not None and not weight.grad.isfinite().all()
+    ]
+    places = weights or gradients
+    first = f" (not finite: {places[0]}, and {len(places) - 1} more)" if places else ""
+    return f"the loss is {loss} and the gradient's norm {norm}{first}"
+
+
 def orthogonalize(matrices: Tensor) -> Tensor:
     """The nearest (semi-)orthogonal matrix of each, roughly: U V^T of its singular value decomposition. (N, m, n) ->
     (N, m, n).

@@ -2,19 +2,17 @@
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test_resume
 import torch
 from conftest import TEXT, run_training
 from safetensors.torch import save_file
+from test_resume import options
 
 import moe
 import train
@@ -29,20 +27,7 @@ from moe.metrics import MetricsLog, read_metrics
 from moe.model import Transformer
 
 ROOT = Path(__file__).parent.parent
-# Accumulation, dropout, both balance losses' terms, an epoch's end: 20 steps of 4 x 2 windows of 16 from about 60.
-FEATURES = (
-    *(
-        "--tokens-per-step",
-        "128",
-        "--train.micro-batch-size",
-        "4",
-        "--model.hidden-dropout",
-        "0.2",
-        "--model.router-z-loss",
-        "0.01",
-    ),
-    *("--train.sequence-length", "16", "--data.tokenizer", "bytes", "--steps", "20"),
-)
+FEATURES, AHEAD = options(test_resume.FEATURES), options(test_resume.AHEAD)
 
 
 @pytest.fixture
@@ -55,82 +40,6 @@ def text(tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def _in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def stop_after(monkeypatch, step: int) -> None:
-    """Press Ctrl-C during a step."""
-    original = train.Optimizers.step
-    calls = []
-
-    def counted(self, progress):
-        calls.append(progress)
-        if len(calls) == step:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, progress)
-
-    monkeypatch.setattr(train.Optimizers, "step", counted)
-
-
-def without_times(path: Path) -> list[dict]:
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in read_metrics(path)]
-
-
-AHEAD = ("--model.num-nextn-predict-layers", "2", "--optim.mtp-final-from", "0.5", "--optim.ema-decay", "0.8")
-SHORT = ("--train.short-until", "0.5", "--train.short-parts", "4")
-GROUPED = ("--model.attention", "grouped", "--train.activation-checkpointing", "--train.eval-tokens", "40")
-
-
-@pytest.mark.parametrize(
-    "features", [(), ("--model.balance-loss", "switch", "--optim.schedule", "cosine"), (*AHEAD, *GROUPED), SHORT]
-)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_to_the_last_bit(text, monkeypatch, features, dtype):
-    options = ("--data", text, *FEATURES, *features, "--dtype", dtype)
-    assert run_training("--out", "whole", *options) == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 7)
-        assert run_training("--out", "parts", *options) == 0
-    assert [path.name for path in RunFolder(Path("parts")).checkpoints()] == ["00000007"]
-    assert run_training("--out", "parts", *options, "--resume", "auto") == 0
-    whole, parts = (RunFolder(Path(name)) for name in ("whole", "parts"))
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        tensors = [load_tensors(run.checkpoints()[-1] / name) for run in (whole, parts)]
-        assert tensors[0].keys() == tensors[1].keys()
-        assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
-    states = [json.loads((run.checkpoints()[-1] / "state.json").read_text()) | {"seconds": 0} for run in (whole, parts)]
-    assert states[0] == states[1]
-    assert states[0]["step"] == 20
-    assert states[0]["epoch"] > 0
-    assert without_times(whole.metrics) == without_times(parts.metrics)
-
-
-def test_a_killed_run_resumes_from_its_last_checkpoint_without_gaps_or_doubles(text):
-    options = ["--data", text, "--out", "run", *FEATURES, "--train.save-interval", "5", "--resume", "auto"]
-    command = [sys.executable, "-c", KILLED, "--preset", "debug", "--plain", *map(str, options)]
-    killed = subprocess.run(command, cwd=Path.cwd(), env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert RunFolder(Path("run")).checkpoints()[-1].name == "00000010"
-    assert len(read_metrics(Path("run/metrics.jsonl"))) == 12
-    with open("run/metrics.jsonl", "a") as file:
-        file.write('{"step": 13, "lo')
-    assert run_training(*options) == 0
-    assert [record["step"] for record in read_metrics(Path("run/metrics.jsonl"))] == list(range(1, 21))
-
-
-KILLED = """
-import os, signal, sys
-import torch, train
-torch.set_num_threads(1)
-original = train.Optimizers.step
-calls = []
-def step(self, progress):
-    calls.append(1)
-    if len(calls) == 13:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(self, progress)
-train.Optimizers.step = step
-train.main(sys.argv[1:])
-"""
 
 
 def test_resume_keeps_its_word(text, capsys):
@@ -331,7 +240,7 @@ def test_a_checkpoint_whose_removal_is_interrupted_does_not_count(text, monkeypa
     assert checkpoint not in folder.checkpoints()
     assert list(Path("run/checkpoints").glob(".*"))
     folder.acquire()
-    folder.lock.release()
+    folder.release()
     assert not list(Path("run/checkpoints").glob(".*"))
 
 
@@ -341,9 +250,9 @@ def test_a_folder_in_use_is_refused(text, capsys):
     other = RunFolder(Path("run"))
     with pytest.raises(CheckpointError, match="in use"):
         other.acquire()
-    folder.lock.release()
+    folder.release()
     other.acquire()
-    other.lock.release()
+    other.release()
 
 
 def test_without_a_folder_named_no_run_is_written_over_another(text):

@@ -125,7 +125,7 @@ def import_run(
         run.write_setup(run_config(source.config), NEVER_TRAINED, words, origin)
         run.save(tensors, None, State())
     finally:
-        run.lock.release()
+        run.release()
     return source, words
 
 

@@ -28,26 +28,20 @@ def draw_run(folder: Path) -> Path:
         sharex=True,
     )
     curve = axes[0, 0]
-    steps = [record["step"] for record in records]
-    curve.plot(
-        steps,
-        [record["nats_per_character"] for record in records],
-        linewidth=0.7,
-        alpha=0.6,
-        label="training, each step",
-    )
+    prices = {record["step"]: record["nats_per_character"] for record in records if record["loss"] is not None}
+    curve.plot(list(prices), list(prices.values()), linewidth=0.7, alpha=0.6, label="training, each step")
     evaluated = [record for record in records if "val_loss" in record]
     whole = max((record["val_tokens"] for record in evaluated), default=0)
     for name, style in (("a part of the split", ".-"), ("the whole split", "o-")):
         shown = [record for record in evaluated if (record["val_tokens"] == whole) == (name == "the whole split")]
         if shown:
-            prices = [record["val_nats_per_character"] for record in shown]
-            curve.plot([record["step"] for record in shown], prices, style, label=f"validation, {name}")
+            points = {record["step"]: record["val_nats_per_character"] for record in shown}
+            curve.plot(list(points), list(points.values()), style, label=f"validation, {name}")
     curve.set(
         ylabel="nats per character",
         title=f"{folder.name}: {evaluated[-1]['val_nats_per_character']:.3f} nats per character" if evaluated else "",
     )
-    curve.set_ylim(top=min(4.0, max(record["nats_per_character"] for record in records) + 0.1))
+    curve.set_ylim(top=min(4.0, max(prices.values(), default=4.0) + 0.1))
     curve.grid(alpha=0.3)
     curve.legend()
     for layer in range(layers):

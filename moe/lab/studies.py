@@ -34,8 +34,8 @@ class Budget:
     def changes(self) -> Changes:
         """A training by the clock is never continued, so it saves only at its end."""
         if self.steps is not None:
-            return {"steps": self.steps, "minutes": None}
-        return {"minutes": self.minutes, "train.save_interval": 0}
+            return {"steps": self.steps, "minutes": None, "train.keep_best": False}
+        return {"minutes": self.minutes, "train.save_interval": 0, "train.keep_best": False}
 
     def spent(self, step: int, seconds: float) -> bool:
         return step >= self.steps if self.steps else seconds >= 60 * (self.minutes or 0)

@@ -81,7 +81,7 @@ def train(jobs: Sequence[Job], out: Path, budget: Budget) -> list[Outcome | Dive
         for run in runs:
             run.acquire()
             run.clear()
-            run.lock.release()
+            run.release()
     further = ["--resume", "auto", "--plain", "--quiet"]
     commands = [[sys.executable, str(script), *job.flags(), "--out", str(out / job.name), *further] for job in left]
     ended = dict(zip((job.name for job in left), run_processes(commands), strict=True))

@@ -19,9 +19,16 @@ def run_commands(prog: str, commands: Mapping[str, Callable[..., Any]], descript
     except (MoeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("error: out of GPU memory: take less at a time, a smaller model, or --dtype bfloat16", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        print("error: out of memory: take less at a time, a smaller model, or --dtype bfloat16", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Of a GPU, of Python, or of PyTorch on a CPU, where it has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

@@ -4,6 +4,7 @@ It is written beside the others under a passing name; its files are synced, then
 sha256, then the folder is renamed. One without a manifest does not exist. Nothing is pickled.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -41,8 +42,10 @@ def sha256_of(path: Path) -> str:
 def write_checkpoint(
     path: Path, model: Mapping[str, Tensor], optimizer: Iterable[tuple[str, Tensor]] | None, state: dict[str, Any]
 ) -> None:
-    """Write a checkpoint, in the place of one of that name. optimizer: None for a model that was not trained here.
-    Raises OSError or SafetensorError; the other checkpoints are untouched then."""
+    """Write a checkpoint. optimizer: None for a model that was not trained here. Raises OSError or SafetensorError; the
+    checkpoints that were there are untouched then."""
+    if (path / MANIFEST).exists():
+        raise FileExistsError(errno.EEXIST, "there is one already", str(path))
     passing = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         passing.mkdir(parents=True)
@@ -55,7 +58,7 @@ def write_checkpoint(
             sync(file)
             files[file.name] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
         write_whole(passing / MANIFEST, json.dumps({"format": 1, "files": files}, indent=1).encode())
-        remove_checkpoint(path)
+        shutil.rmtree(path, ignore_errors=True)  # what has no manifest is none
         passing.rename(path)
         sync_folder(path.parent)
     except (OSError, SafetensorError):
