@@ -72,6 +72,15 @@ def run_training(*arguments: str) -> int:
     return train.main(["--preset", "debug", "--plain", *map(str, arguments)])
 
 
+@pytest.fixture
+def text(tmp_path, monkeypatch) -> Path:
+    """A short one, in the folder that a test then works in."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT.read_text()[:1100])
+    return path
+
+
 @pytest.fixture(scope="session")
 def debug_run(tmp_path_factory) -> Path:
     """A finished run of preset debug. Not to be written to."""

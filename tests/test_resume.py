@@ -67,14 +67,6 @@ def options(*parts: dict) -> list[object]:
     return [part for name, value in together.items() for part in (name, value) if part is not None]
 
 
-@pytest.fixture
-def text(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT.read_text()[:1100])
-    return path
-
-
 def stop_after(monkeypatch, step: int, request: int = signal.SIGINT) -> None:
     """Press Ctrl-C, or send another signal, during a step."""
     original = train.Optimizers.step
