@@ -260,7 +260,16 @@ def test_a_start_that_came_to_nothing_does_not_use_up_a_name(text):
 
 
 def test_old_checkpoints_go_and_the_newest_stay(text):
-    options = ("--data", text, *FEATURES, "--train.save-interval", "4", "--train.keep-last", "3", "--train.no-keep-best")
+    options = (
+        "--data",
+        text,
+        *FEATURES,
+        "--train.save-interval",
+        "4",
+        "--train.keep-last",
+        "3",
+        "--train.no-keep-best",
+    )
     assert run_training("--out", "run", *options) == 0
     assert [int(path.name) for path in RunFolder(Path("run")).checkpoints()] == [12, 16, 20]
     assert [path for path in Path("run/checkpoints").iterdir() if path.name.startswith(".")] == []

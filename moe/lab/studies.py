@@ -80,8 +80,14 @@ def configure(preset: str, changes: Changes) -> RunConfig:
 
 def flags(preset: str, changes: Changes) -> list[str]:
     """The same on train.py's command line."""
-    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in changes.items() if value is not None]
-    return ["--preset", preset, *(part for pair in given for part in pair)]
+    given = ["--preset", preset]
+    for name, value in changes.items():
+        *path, last = name.replace("_", "-").split(".")
+        if isinstance(value, bool):
+            given.append("--" + ".".join([*path, last if value else f"no-{last}"]))
+        elif value is not None:
+            given += ["--" + ".".join([*path, last]), str(value)]
+    return given
 
 
 def dense_twin(model: ModelConfig) -> Changes:
