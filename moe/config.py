@@ -11,11 +11,18 @@ from typing import Annotated, Any, Literal
 import tyro
 
 MOST_LAYERS = 10_000  # so that a damaged file costs an error instead of hours
+MOST_TOKENS = 1 << 40  # of a step: likewise
+LONGEST = 2000  # letters of a message
 
 
 class MoeError(Exception):
     """A mistake a user can mend. Its message is one line: what was given, what was expected, what helps. The scripts
-    print no more than it."""
+    print no more than it, so it stays one line of some length whatever is quoted from a stranger's file."""
+
+    def __init__(self, message: str) -> None:
+        half = LONGEST // 2
+        short = message if len(message) <= LONGEST else f"{message[:half]} ... {message[-half:]}"
+        super().__init__("".join(letter if letter.isprintable() else "?" for letter in short))
 
 
 class ConfigError(MoeError):
@@ -346,6 +353,7 @@ class TrainConfig:
         require_above(0, self, "tokens_per_step sequence_length short_parts log_interval keep_last", "train.")
         require_not_negative(self, "short_until eval_interval eval_tokens save_interval skip_non_finite", "train.")
         tokens, length, micro = self.tokens_per_step, self.sequence_length, self.micro_batch_size
+        require(tokens <= MOST_TOKENS, f"train.tokens_per_step = {tokens} is more than any step has")
         nearest = max(round(tokens / length), 1) * length
         require(
             tokens % length == 0,

@@ -31,7 +31,6 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 PLAIN_NAME = re.compile(r"[^/\\:]+\.safetensors")  # no path: nothing that could lead out of the folder
 SCALE = "_scale_inv"
 
-LONGEST = 2000  # letters of a message
 FP8 = torch.float8_e4m3fn
 BLOCK = (128, 128)  # DeepSeek's
 READABLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,12 +56,7 @@ DTYPES = {  # safetensors' names; those torch cannot hold are not among them
 
 
 class HubError(MoeError):
-    """A folder that cannot be imported or exported. Its message is one line, whatever the folder's names hold."""
-
-    def __init__(self, message: str) -> None:
-        half = LONGEST // 2
-        short = message if len(message) <= LONGEST else f"{message[:half]} ... {message[-half:]}"
-        super().__init__("".join(letter if letter.isprintable() else "?" for letter in short))
+    """A folder that cannot be imported or exported."""
 
 
 class Stored(NamedTuple):
