@@ -21,7 +21,7 @@ import torch
 import tyro
 
 import moe
-from moe.checkpoint import Run, RunFolder, State, open_run, read_state
+from moe.checkpoint import Run, RunFolder, State, check_model, open_run, read_state
 from moe.config import ConfigError, ModelConfig, MoeError, RunConfig, TrainConfig
 from moe.corpus import Corpus, prepare
 from moe.data import Batches, TokenStream
@@ -204,6 +204,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         raise CheckpointError(f"--resume must: {folder.path} holds no complete checkpoint to continue from")
     if resuming:
         stored, runtime, setup = folder.read_setup()
+        check_model(folder.checkpoints()[-1] / "model.safetensors", stored.model)
         try:
             resolve_device(runtime.device)
         except DeviceError:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
-from moe.config import ConfigError, ModelConfig, RunConfig, TrainConfig
+from moe.config import ConfigError, ModelConfig, RunConfig, TrainConfig, require
 from moe.data import Cursor
 from moe.machine.cost import outline
 from moe.machine.device import Dtype, Runtime, check_room, hardware, resolve_device
@@ -38,9 +38,11 @@ from moe.machine.stored import (
     CheckpointError,
     load_model,
     load_tensors,
+    misfits,
     read_manifest,
     remove_checkpoint,
     remove_leftovers,
+    shapes_of,
     tensors_of,
     verify,
     write_checkpoint,
@@ -69,6 +71,15 @@ class State:
     balance: dict = field(default_factory=dict)  # steps each MoE layer has looked collapsed for
     skipped: int = 0  # of the last steps, how many on end were left out, being not finite
     val_loss: float | None = None  # where this step was evaluated, and may be compared with other steps
+
+    def __post_init__(self) -> None:
+        for name in ("step", "tokens", "seconds", "epoch", "window"):
+            value = getattr(self, name)
+            require(0 <= value < 2**63, f"state.{name} = {value} must be at least 0, and finite")
+        for layer, steps in self.balance.items():
+            require(
+                type(steps) is int, f"state.balance: {layer!r} has looked collapsed for {steps!r}, no number of steps"
+            )
 
     def progress(self, config: RunConfig) -> float:
         """The part of the training that is done, by the training clock or by steps; 1 and above: all."""
@@ -154,6 +165,8 @@ class RunFolder:
                     "anew with another --out"
                 )
             config, runtime = from_dict(RunConfig, facts["config"]), from_dict(Runtime, facts["runtime"], "runtime")
+            micro, sequences = runtime.micro_batch_size, config.train.sequences_per_step
+            require(sequences % micro == 0, f"runtime.micro_batch_size = {micro} must divide the {sequences} of a step")
             return config, runtime, dict(facts["data"])
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from None
@@ -176,6 +189,11 @@ class RunFolder:
         verify(checkpoint)
         self.check_continuable()
         tensors = load_tensors(checkpoint / OPTIMIZER)
+        wanted = optimizers.shapes() | average.shapes()
+        wrong = misfits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted)
+        wrong = wrong or [name for name in tensors if name.endswith("/step") and not tensors[name] >= 0]
+        if wrong:
+            raise CheckpointError(f"{checkpoint / OPTIMIZER} does not fit this model: {'; '.join(wrong[:5])}")
         with average.applied():
             load_model(model, checkpoint / MODEL)
             average.load_state(tensors)
@@ -288,9 +306,26 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: Dtype = "f
     default the newest run's under out/. dtype: of its weights and so of all products; bfloat16 takes half the memory.
     Raises DeviceError when they do not fit."""
     stored = open_run(path)
-    model = empty_model(stored.config.model, device, dtype, stored.checkpoint)
-    load_model(model, stored.checkpoint / MODEL)
+    file, config = stored.checkpoint / MODEL, stored.config.model
+    check_model(file, config)
+    model = empty_model(config, device, dtype, stored.checkpoint)
+    load_model(model, file)
     return Run(model.eval(), stored.tokenizer, stored.config, stored.checkpoint)
+
+
+def check_model(file: Path, config: ModelConfig) -> None:
+    """Raises CheckpointError for a file that does not hold this model, before a model of that size is made."""
+    shapes, layers = shapes_of(file), config.num_hidden_layers + config.num_nextn_predict_layers
+    if layers > len(shapes):
+        raise CheckpointError(
+            f"{file} does not fit this model: config.json says {layers} layers, more than its tensors"
+        )
+    try:
+        wanted = {name: tuple(tensor.shape) for name, tensor in tensors_of(outline(config)).items()}
+    except ConfigError as error:
+        raise CheckpointError(f"{file} does not fit config.json: {error}") from None
+    if wrong := misfits(shapes, wanted):
+        raise CheckpointError(f"{file} does not fit this model: {'; '.join(wrong[:5])}")
 
 
 def empty_model(config: ModelConfig, device: str, dtype: Dtype, what: object) -> Transformer:

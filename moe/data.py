@@ -71,6 +71,8 @@ class Batches:
         self.stream, self.batch_size, self.sequence_length, self.seed = stream, batch_size, sequence_length, seed
         self.cursor = cursor or Cursor()
         self._shuffle()
+        if self.cursor.window > len(self.starts):
+            raise CorpusError(f"state.json: window {self.cursor.window} is beyond the {len(self.starts)} of an epoch")
 
     def _shuffle(self) -> None:
         rng = np.random.default_rng((self.seed, self.cursor.epoch))

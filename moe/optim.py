@@ -197,7 +197,17 @@ class Optimizers:
             for weight, values in optimizer.state.items():
                 yield from ((f"{self.names[weight]}/{kind}", value) for kind, value in values.items())
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor of the state, after a step."""
+        found: dict[str, tuple[int, ...]] = {}
+        for optimizer, kinds in ((self.muon, ("momentum",)), (self.adam, ("exp_avg", "exp_avg_sq"))):
+            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+                found |= {f"{self.names[weight]}/{kind}": tuple(weight.shape) for kind in kinds}
+                found |= {f"{self.names[weight]}/step": ()} if optimizer is self.adam else {}
+        return found
+
     def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """tensors: of the names and shapes of `shapes`."""
         weights = {name: weight for weight, name in self.names.items()}
         for key, value in tensors.items():
             name, kind = key.rsplit("/", 1)
@@ -205,7 +215,7 @@ class Optimizers:
             optimizer = (
                 self.muon if any(weight is p for g in self.muon.param_groups for p in g["params"]) else self.adam
             )
-            optimizer.state[weight][kind] = value if kind == "step" else value.to(weight.device)
+            optimizer.state[weight][kind] = value.float() if kind == "step" else value.to(weight.device, weight.dtype)
 
 
 class Average:
@@ -242,6 +252,10 @@ class Average:
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """While applied: what is trained, by `name/trained`."""
         yield from ((f"{name}/trained", tensor) for name, tensor in self.other.items())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors of `state`."""
+        return {f"{name}/trained": tuple(tensor.shape) for name, tensor in self.other.items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """While applied: take out of a checkpoint's tensors what is this object's."""

@@ -11,11 +11,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
-from moe.config import MoeError, RunConfig
+from moe.config import MoeError, RunConfig, require
 from moe.experts import choose_backend
 from moe.layers import forked_random
 from moe.machine.cost import activation_bytes, count, machine_bytes
@@ -24,6 +24,8 @@ from moe.optim import weighs_by_whole_batch
 
 LossFunction = Callable[..., Losses]
 Dtype = Literal["float32", "bfloat16"]
+DEVICES = ("cpu", "cuda", "mps")
+BACKENDS = ("auto", "loop", "grouped", "gather", "none")
 CPU_SHARE = 0.25  # of the memory, for activations: a laptop has other things to do
 GPU_SHARE = 0.92
 UNKNOWN_MEMORY = 8 << 30  # where the system does not say
@@ -43,6 +45,16 @@ class Runtime:
     expert_backend: str
     micro_batch_size: int
     threads: int
+
+    def __post_init__(self) -> None:
+        known = {"device": DEVICES, "dtype": get_args(Dtype), "expert_backend": BACKENDS}
+        for name, values in known.items():
+            value = getattr(self, name)
+            require(value in values, f"runtime.{name} = {value!r} must be one of {', '.join(values)}")
+        require(self.micro_batch_size > 0, f"runtime.micro_batch_size = {self.micro_batch_size} must be at least 1")
+        require(
+            0 < self.threads < 2**16, f"runtime.threads = {self.threads} must be at least 1, and no more than there are"
+        )
 
     @property
     def torch_dtype(self) -> torch.dtype:

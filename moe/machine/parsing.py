@@ -21,6 +21,10 @@ def from_dict(kind: type[C], values: Any, where: str = "config") -> C:
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     require(not unknown, f"{where}: unknown field {', '.join(map(repr, unknown))}")
+    unset = (dataclasses.MISSING, dataclasses.MISSING)
+    needed = [item.name for item in dataclasses.fields(kind) if (item.default, item.default_factory) == unset]  # type: ignore[arg-type]
+    missing = [name for name in needed if name not in values]
+    require(not missing, f"{where}: missing field {', '.join(map(repr, missing))}")
     return kind(**{name: _typed(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 

@@ -26,6 +26,8 @@ MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
+PLAIN_NAME = re.compile(r"\w+\.(json|safetensors)")  # no path: nothing that could lead out of the folder
+WEIGHTS = ("F32", "F16", "BF16")  # safetensors' names for what a checkpoint's tensors may be stored in
 PASSING = re.compile(r"\.\d{8,}\.\d+(\.old)?")  # the names of a checkpoint that is not there yet, or no longer
 Shape = tuple[int, ...]
 
@@ -94,6 +96,8 @@ def verify(checkpoint: Path) -> None:
     files = read_manifest(checkpoint)
     try:
         for name in sorted({MODEL, STATE, *files}):
+            if not PLAIN_NAME.fullmatch(name):
+                raise CheckpointError(f"{checkpoint / MANIFEST} names {name!r}, which is no file of a checkpoint")
             path, expected = checkpoint / name, files[name]
             if path.stat().st_size != expected["size"] or sha256_of(path) != expected["sha256"]:
                 raise CheckpointError(
@@ -109,8 +113,24 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
+    shapes_of(path)
     try:
         return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def shapes_of(path: Path) -> dict[str, Shape]:
+    """Of a file's tensors, by name. Raises CheckpointError unless all are of floating point."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+            strange = [
+                f"{name} is {part.get_dtype()}" for name, part in parts.items() if part.get_dtype() not in WEIGHTS
+            ]
+            if strange:
+                raise CheckpointError(f"{path} holds no weights: {strange[0]} instead of {', '.join(WEIGHTS)}")
+            return {name: tuple(part.get_shape()) for name, part in parts.items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -120,15 +140,13 @@ def load_model(model: nn.Module, path: Path, optional: str | None = None) -> Non
     """Copy a file's tensors into the model one at a time, in the model's dtypes. Raises CheckpointError listing what is
     missing, unexpected or of another shape, before any is copied. optional: names that begin so may be on one side
     only."""
-    tensors = tensors_of(model)
+    tensors, shapes = tensors_of(model), shapes_of(path)
+    wrong = misfits(shapes, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, optional)
+    if wrong:
+        raise CheckpointError(f"{path} does not fit this model: {'; '.join(wrong[:5])}")
     try:
         with safe_open(path, framework="pt") as file:  # maps the file: what is not read takes no memory
-            names = list(file.keys())
-            stored = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-            wrong = misfits(stored, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, optional)
-            if wrong:
-                raise CheckpointError(f"{path} does not fit this model: {'; '.join(wrong[:5])}")
-            for name in (name for name in names if name in tensors):
+            for name in (name for name in shapes if name in tensors):
                 tensors[name].copy_(file.get_tensor(name))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from None
