@@ -44,7 +44,7 @@ def main() -> int:
         settings = asdict(args)
         out = settings.pop("out")
         corpus = prepare(DataConfig(**settings), out, advance=display.advance)
-    except MoeError as error:
+    except (MoeError, OSError) as error:
         display.close()
         print(f"error: {error}", file=sys.stderr)
         return 2

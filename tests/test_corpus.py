@@ -609,6 +609,15 @@ def test_a_shard_whose_header_and_size_disagree_is_refused(prepared):
         open_corpus(prepared.folder)
 
 
+def test_a_flipped_byte_in_a_shard_is_refused(prepared):
+    path = prepared.shards["train"][0][0]
+    data = bytearray(path.read_bytes())
+    data[HEADER + 20] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorpusError, match=f"{path.name}: is damaged, its sha256 is not the header's: prepare the text"):
+        open_corpus(prepared.folder)
+
+
 @pytest.mark.parametrize("change", [{"tokens": "5"}, {"dtype": "float64"}, {"tokens": -1}, {"extra": 1}, {"format": 3}])
 def test_a_strange_header_is_refused(prepared, change):
     path = prepared.shards["val"][0][0]
@@ -630,7 +639,8 @@ def test_ids_beyond_the_vocabulary_are_refused(prepared):
     path = prepared.shards["train"][0][0]
     data = bytearray(path.read_bytes())
     data[HEADER + 20 : HEADER + 22] = (9999).to_bytes(2, "little")
-    path.write_bytes(data)
+    header = json.loads(data[:HEADER]) | {"sha256": hashlib.sha256(data[HEADER:]).hexdigest()}
+    path.write_bytes(json.dumps(header).encode().ljust(HEADER) + data[HEADER:])
     with pytest.raises(CorpusError, match="9999"):
         TokenStream(open_corpus(prepared.folder), "train").read(0, 50)
 

@@ -128,7 +128,7 @@ def clear(folder: Path, unless: dict[str, Any]) -> None:
     try:
         same = plan.exists() and json.loads(plan.read_text("utf-8")) == unless
         finished_shards(folder)
-    except (ValueError, CorpusError):
+    except (ValueError, CorpusError, RecursionError):
         same = False
     if not same:
         write_whole(plan, b"{}")  # first, lest a kill from here on leave half of it under the old plan

@@ -8,12 +8,13 @@ then its ids, uint16 or uint32, little-endian.
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from moe.config import ConfigError, MoeError
+from moe.config import ConfigError, MoeError, require
 from moe.corpus.sources import SPLITS, START, Position
 from moe.machine.files import sync_folder
 from moe.machine.parsing import from_dict
@@ -21,6 +22,7 @@ from moe.tokenizer import Tokenizer
 
 FORMAT = 2
 HEADER = 4096
+PLAIN_NAME = re.compile(r"\w+-\d+\.bin")  # no path: nothing that could lead out of the folder
 
 
 class CorpusError(MoeError):
@@ -37,6 +39,12 @@ class ShardHeader:
     tokenizer: str  # its hash
     sha256: str  # of the ids
     position: dict  # in the source, behind this shard
+
+    def __post_init__(self) -> None:
+        place = [self.position.get(name) for name in START]
+        for count in (self.tokens, self.characters, self.bytes, *place):
+            require(type(count) is int and 0 <= count < 2**60, f"{count!r} counts nothing")
+        require(self.tokens == 0 or self.characters > 0, f"characters = {self.characters} of {self.tokens} tokens")
 
 
 Shards = list[tuple[Path, ShardHeader]]
@@ -67,20 +75,34 @@ class Corpus:
 
 
 def open_corpus(folder: Path) -> Corpus:
-    """Open a prepared folder. Raises CorpusError where headers, sizes or the tokenizer's hashes disagree."""
+    """Open a prepared folder. Raises CorpusError where headers, sizes, sha256 or the tokenizer's hashes disagree."""
     try:
         listing = json.loads((folder / "corpus.json").read_text("utf-8"))
         names = {split: [str(name) for name in listing["shards"][split]] for split in SPLITS}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         message = f"{folder}: not a prepared folder ({type(error).__name__}: {error}): make one with data/prepare.py"
         raise CorpusError(message) from None
+    if strange := [name for split in SPLITS for name in names[split] if not PLAIN_NAME.fullmatch(name)]:
+        raise CorpusError(f"{folder / 'corpus.json'} names {strange[0]!r}, which is no shard: prepare the text again")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    paths = {split: [folder / Path(name).name for name in names[split]] for split in SPLITS}
-    shards = {split: [(path, read_header(path)) for path in paths[split]] for split in SPLITS}
+    shards = {split: [(folder / name, read_header(folder / name)) for name in names[split]] for split in SPLITS}
     for path, header in (shard for split in SPLITS for shard in shards[split]):
         if header.tokenizer != tokenizer.hash:
             raise CorpusError(f"{path}: was made with another tokenizer than the folder's: prepare the text again")
+        if header.sha256 != sha256_of_ids(path):
+            raise CorpusError(f"{path}: is damaged, its sha256 is not the header's: prepare the text again")
+    if not sum(header.tokens for _, header in shards["train"]):
+        raise CorpusError(f"{folder}: there is no text to train on: prepare it again")
     return Corpus(folder, tokenizer, shards)
+
+
+def sha256_of_ids(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            file.seek(HEADER)
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_header(path: Path) -> ShardHeader:
@@ -88,9 +110,9 @@ def read_header(path: Path) -> ShardHeader:
         with open(path, "rb") as file:
             header = from_dict(ShardHeader, json.loads(file.read(HEADER)), path.name)
         size = path.stat().st_size
-    except (OSError, ValueError, TypeError, ConfigError) as error:
+    except (OSError, ValueError, ConfigError, RecursionError) as error:
         raise CorpusError(f"{path}: not a token shard ({error}): prepare the text again") from None
-    if header.format != FORMAT or header.dtype not in ("uint16", "uint32") or header.tokens < 0:
+    if header.format != FORMAT or header.dtype not in ("uint16", "uint32"):
         raise CorpusError(f"{path}: format {header.format} with {header.dtype} ids is not known here")
     expected = HEADER + header.tokens * np.dtype(header.dtype).itemsize
     if size != expected:
