@@ -160,7 +160,11 @@ def generate_text(
 
 def prompt_tokens(run: Run, prompt: str, copies: int = 1) -> Tensor:
     """What begins a text and the prompt, `copies` times: (copies, S) int64 on the model's device."""
-    ids = run.tokenizer.prompt(prompt.encode("utf-8", "surrogateescape"))
+    try:
+        data = prompt.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise SamplingError(f"character {error.start} of the prompt is half of a surrogate pair: mend it") from None
+    ids = run.tokenizer.prompt(data)
     return torch.tensor(ids, device=run.model.embed_tokens.weight.device).expand(copies, -1)
 
 

@@ -29,6 +29,8 @@ SINGLE_BYTES = [bytes([byte]) for byte in range(256)]
 # Words keep one leading space or sign, digits come in threes, punctuation keeps the line breaks behind it.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+BYTES_PATTERN = r"[\s\S]"
+KNOWN_PATTERNS = (PATTERN, GPT2_PATTERN, BYTES_PATTERN)
 
 
 class TokenizerError(MoeError):
@@ -187,7 +189,7 @@ class BytePairs(Tokenizer):
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # a million spaces in a row are more than tiktoken's pattern matcher can take at once
             if len(text) <= PIECE:
-                raise
+                raise TokenizerError("the tokenizer's pattern cannot be matched with this text") from None
             return np.concatenate([self.encode(text[start : start + PIECE]) for start in range(0, len(text), PIECE)])
 
     def encode_documents(self, texts: list[str]) -> np.ndarray:
@@ -220,12 +222,14 @@ class BytePairs(Tokenizer):
             ranks = [base64.b64decode(token, validate=True) for token in stored["ranks"]]
             tokenizer = BytePairs(ranks, str(stored["pattern"]))
             unchanged = tokenizer.hash == stored["hash"]
-            complete = len(set(ranks)) == len(ranks) and set(SINGLE_BYTES) <= set(ranks)
+            complete = len(set(ranks)) == len(ranks) and set(SINGLE_BYTES) <= set(ranks) and b"" not in ranks
         except (KeyError, TypeError, ValueError) as error:
             raise TokenizerError(f"not a tokenizer's file: {type(error).__name__}: {error}") from None
         if not unchanged or not complete:
             fault = "its hash differs" if complete else "it lacks bytes or repeats tokens"
             raise TokenizerError(f"the tokenizer's file is damaged: {fault}")
+        if tokenizer.pattern not in KNOWN_PATTERNS:  # others may never end, or end tiktoken
+            raise TokenizerError("the tokenizer's file is damaged: its pattern is none of those that are made here")
         return tokenizer
 
 
@@ -252,7 +256,7 @@ def join(parts: list[np.ndarray], between: int) -> np.ndarray:
 
 
 def bytes_tokenizer() -> BytePairs:
-    return BytePairs(SINGLE_BYTES, r"[\s\S]")
+    return BytePairs(SINGLE_BYTES, BYTES_PATTERN)
 
 
 def gpt2_tokenizer() -> BytePairs:
