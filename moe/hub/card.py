@@ -6,6 +6,7 @@ from pathlib import Path
 from moe.checkpoint import RunFolder, StoredRun
 from moe.config import ModelConfig
 from moe.hub.families import Family
+from moe.hub.folder import HubError
 from moe.machine.cost import count, readable
 from moe.metrics import clock, read_metrics
 from moe.tokenizer import NoTokenizer, Tokenizer
@@ -63,10 +64,14 @@ def facts_of(run: Path, stored: StoredRun) -> dict[str, str]:
     if config.init_from:
         facts["started from"] = Path(config.init_from).name
     records = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-    for record in (record for record in records if record["step"] == step):
-        facts["steps"] = f"{step:,}, {record['tokens']:,} tokens in {clock(record['seconds'])}"
-        for split, meaning in (("val", "validation"), ("test", "test")):
-            if f"{split}_loss" in record:
-                priced = (f"{record[f'{split}_{name}']:.4f} {unit}" for unit, name in FIGURES.items())
-                facts[meaning] = ", ".join(priced)
+    try:
+        for record in (record for record in records if record["step"] == step):
+            facts["steps"] = f"{step:,}, {record['tokens']:,} tokens in {clock(record['seconds'])}"
+            for split, meaning in (("val", "validation"), ("test", "test")):
+                if f"{split}_loss" in record:
+                    priced = (f"{record[f'{split}_{name}']:.4f} {unit}" for unit, name in FIGURES.items())
+                    facts[meaning] = ", ".join(priced)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # missing, null, a list, not finite
+        what = f"{type(error).__name__}: {error}"
+        raise HubError(f"{run / 'metrics.jsonl'}: step {step} lacks what training writes ({what})") from None
     return facts

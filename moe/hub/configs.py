@@ -53,8 +53,10 @@ def read_config(config: Config, reading: Reading = "transformers") -> tuple[Fami
     try:
         model = from_dict(ModelConfig, stated(family, config) | read_rope(config, family), "config.json")
         model = replace(model, **dense_layers(config, family, model.num_hidden_layers))
-    except (ConfigError, OverflowError) as error:
-        raise HubError(str(error)) from None
+    except ConfigError as error:
+        raise HubError(f"config.json: {str(error).removeprefix('config.json: ')}") from None
+    except OverflowError:  # a context that is no number of a float's size
+        raise HubError("config.json: the context is longer than any model's: download it again") from None
     if model.attention == "grouped" and config.get("head_dim") not in (None, model.query_head_dim):
         raise HubError(f"config.json: head_dim = {config['head_dim']} must be {model.query_head_dim} in this family")
     return family, as_deepseek(model) if reading == "deepseek" else model
@@ -106,7 +108,7 @@ def read_rope(config: Config, family: Family) -> Config:
         context = config.get("max_position_embeddings")
         original = config.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
         scaling["original_max_position_embeddings"] = original or context
-        if "factor" not in scaling and isinstance(original, int) and isinstance(context, int):
+        if "factor" not in scaling and isinstance(original, int) and isinstance(context, int) and original:
             scaling["factor"] = context / original
     return {"rope_theta": theta, "rope_scaling": {"rope_type": kind} | scaling}
 

@@ -19,7 +19,7 @@ from moe.config import ModelConfig
 from moe.hub.card import card, facts_of
 from moe.hub.configs import family_of, write_config
 from moe.hub.families import Family
-from moe.hub.folder import HubError, read_header, read_tensor
+from moe.hub.folder import READABLE, HubError, read_header, read_tensor
 from moe.hub.tensors import Piece, copies, pieces
 from moe.hub.tokenizers import write_tokenizer
 from moe.hub.writing import write_folder
@@ -85,6 +85,8 @@ def export_run(
     if wrong := misfits({name: header.shape for name, header in headers.items()}, wanted):
         raise HubError(f"{file} does not fit the run's config.json: {'; '.join(wrong[:5])}")
     dtypes = {name: header.dtype for name, header in headers.items()}
+    if strange := [name for name, dtype in dtypes.items() if dtype not in READABLE]:
+        raise HubError(f"{file} holds no weights: {strange[0]} is {dtypes[strange[0]]}")
     newest = lru_cache(maxsize=1)(lambda name: read_tensor(headers[name]))  # the parts of one follow each other
     weights, form = Weights(dtypes, newest), Form(dtype, mtp, shard_bytes)
     family = write(path, stored.config.model, weights, stored.tokenizer, form, facts_of(run, stored))
@@ -102,7 +104,7 @@ def write(
     ids = special_ids(tokenizer)
     files: dict[str, Any] = {
         "generation_config.json": json.dumps(ids, indent=2).encode(),
-        "README.md": card(path.absolute().name, family, config, tokenizer, facts).encode(),
+        "README.md": card(path.absolute().name, family, config, tokenizer, facts).encode("utf-8", "replace"),
     }
     if not isinstance(tokenizer, NoTokenizer):
         files["tokenizer"] = lambda folder: write_tokenizer(tokenizer, folder, config.max_position_embeddings)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from moe.checkpoint import RunFolder, State, empty_model
-from moe.config import ModelConfig, RunConfig, TrainConfig
+from moe.config import ConfigError, ModelConfig, RunConfig, TrainConfig
 from moe.hub.configs import Reading, read_config
 from moe.hub.families import Family
 from moe.hub.folder import Folder, HubError
@@ -50,8 +50,11 @@ class Source:
         depths = mtp_depths(folder, config.num_hidden_layers)
         config = replace(config, num_nextn_predict_layers=0 if skip_mtp else depths)
         check_sizes(folder, config)
-        plan, skipped = fitting_pieces(folder, config, family), depths if skip_mtp else 0
-        return Source(folder, family, config, plan, skipped)
+        try:
+            plan = fitting_pieces(folder, config, family)
+        except ConfigError as error:
+            raise HubError(f"{path / 'config.json'}: {error}") from None
+        return Source(folder, family, config, plan, depths if skip_mtp else 0)
 
 
 def check_sizes(folder: Folder, config: ModelConfig) -> None:

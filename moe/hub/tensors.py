@@ -138,14 +138,15 @@ def copies(config: ModelConfig) -> dict[str, str]:
 
 def needless(name: str, folder: Folder, config: ModelConfig) -> bool:
     """What need not be read: tables that older files keep, and multi-token prediction that is left out."""
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
     read = config.num_hidden_layers + config.num_nextn_predict_layers
-    left_out = layer and int(layer[1]) >= read and f"{layer[0]}eh_proj.weight" in folder.tensors
+    left_out = layer and f"{layer[0]}eh_proj.weight" in folder.tensors and int(layer[1]) >= read
     return bool(left_out) or name.endswith("rotary_emb.inv_freq")
 
 
 def check_copy(folder: Folder, copy: str, original: str) -> None:
-    if not torch.equal(folder.read(copy), folder.read(original)):
+    one, other = folder.read(copy), folder.read(original)
+    if one.dtype != other.dtype or not torch.equal(one, other):
         advice = "set tie_word_embeddings to false" if copy == "lm_head.weight" else "leave multi-token prediction out"
         raise HubError(f"{folder.path}: {copy} differs from {original}, which it should be a copy of: {advice}")
 
