@@ -316,7 +316,8 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
             **routing_record(
                 losses.routing, detailed=done or state.step == 1 or every(config.train.log_interval, state.step)
             ),
-        } | ({"skipped": True} if skipped else {})
+            "skipped": skipped,
+        }
         if done or every(config.train.eval_interval, state.step):
             with average.applied():
                 limit = 0 if done else config.train.eval_tokens

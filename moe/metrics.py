@@ -94,19 +94,31 @@ def read_metrics(path: Path) -> list[Record]:
         raise MoeError(f"{path}: {error}") from None
     for number, line in enumerate(lines[:-1], 1):  # what follows the last line break is torn, or nothing
         try:
-            record = json.loads(line)
-            if type(record["step"]) is not int:
-                raise TypeError("step is no whole number")
-        except (ValueError, TypeError, KeyError) as error:
+            records.append(checked(json.loads(line)))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise MoeError(f"{path}, line {number}: not a metrics line ({type(error).__name__}: {error})") from None
-        records.append(record)
     return records
+
+
+def checked(record: Any) -> Record:
+    """A line, if it counts a step and holds numbers, lists of them and nulls. Raises TypeError or KeyError."""
+    if type(record["step"]) is not int or record["step"] < 0:
+        raise TypeError("step is no whole number")
+    if strange := [name for name, value in record.items() if not numeric(value)]:
+        raise TypeError(f"{strange[0]} is no number")
+    return record
+
+
+def numeric(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(numeric, value))
+    return value is None or type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def best_before(records: list[Record]) -> Record | None:
     """The evaluation that was best, where training on made it worse by more than a hundredth. Those that read another
     part of the validation split than the first did are left out."""
-    evaluated = [record for record in records if "val_loss" in record]
+    evaluated = [record for record in records if record.get("val_loss") is not None]
     alike = [record for record in evaluated if record["val_tokens"] == evaluated[0]["val_tokens"]]
     best = min(alike, key=lambda record: record["val_loss"], default=None)
     return best if best and alike[-1]["val_loss"] > 1.01 * best["val_loss"] else None

@@ -143,7 +143,7 @@ def test_steps_that_were_left_out_are_left_out_again(text, monkeypatch):
     settings = options({"--data": text, "--train.skip-non-finite": 20}, FEATURES)
     run = stopped_and_resumed_is_the_same(monkeypatch, settings, step=3)
     records = read_metrics(run / "metrics.jsonl")
-    assert 0 < sum(record.get("skipped", False) for record in records) < len(records) - 3
+    assert 0 < sum(record["skipped"] > 0 for record in records) < len(records) - 3
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no such signal")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moe.metrics import read_metrics
+from moe.config import MoeError
+from moe.metrics import Record, read_metrics
 
 
 def draw_run(folder: Path) -> Path:
@@ -16,8 +17,21 @@ def draw_run(folder: Path) -> Path:
     from matplotlib import pyplot as plt
 
     records = read_metrics(folder / "metrics.jsonl")
-    loads = [record for record in records if "load_by_layer" in record]
-    layers = len(loads[-1]["load_by_layer"]) if loads else 0
+    if not records:
+        raise MoeError(f"{folder / 'metrics.jsonl'} has no step to draw")
+    detailed = [record for record in records if "load_by_layer" in record]
+    evaluated = [record for record in records if "val_loss" in record]
+    try:
+        steps, prices = column(records, "step"), column(records, "nats_per_character")
+        val_steps, val_prices = column(evaluated, "step"), column(evaluated, "val_nats_per_character")
+        val_tokens = column(evaluated, "val_tokens")
+        times, loads = column(detailed, "step"), column(detailed, "load_by_layer")  # (times,), (times, L, E)
+        if len(detailed) and (loads.ndim != 3 or not loads.size):
+            raise ValueError("load_by_layer must hold a number for each expert of each layer")
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise MoeError(f"{folder / 'metrics.jsonl'} does not hold what training writes ({what})") from None
+    layers = loads.shape[1] if len(detailed) else 0
     figure, axes = plt.subplots(
         1 + layers,
         1,
@@ -28,27 +42,23 @@ def draw_run(folder: Path) -> Path:
         sharex=True,
     )
     curve = axes[0, 0]
-    prices = {record["step"]: record["nats_per_character"] for record in records if record["loss"] is not None}
-    curve.plot(list(prices), list(prices.values()), linewidth=0.7, alpha=0.6, label="training, each step")
-    evaluated = [record for record in records if "val_loss" in record]
-    whole = max((record["val_tokens"] for record in evaluated), default=0)
-    for name, style in (("a part of the split", ".-"), ("the whole split", "o-")):
-        shown = [record for record in evaluated if (record["val_tokens"] == whole) == (name == "the whole split")]
-        if shown:
-            points = {record["step"]: record["val_nats_per_character"] for record in shown}
-            curve.plot(list(points), list(points.values()), style, label=f"validation, {name}")
+    curve.plot(steps, prices, linewidth=0.7, alpha=0.6, label="training, each step")
+    whole = val_tokens == val_tokens.max(initial=0)
+    for name, style, shown in (("a part of the split", ".-", ~whole), ("the whole split", "o-", whole)):
+        if shown.any():
+            curve.plot(val_steps[shown], val_prices[shown], style, label=f"validation, {name}")
     curve.set(
         ylabel="nats per character",
-        title=f"{folder.name}: {evaluated[-1]['val_nats_per_character']:.3f} nats per character" if evaluated else "",
+        title=f"{folder.name}: {val_prices[-1]:.3f} nats per character" if evaluated else "",
     )
-    curve.set_ylim(top=min(4.0, max(prices.values(), default=4.0) + 0.1))
+    curve.set_ylim(top=min(4.0, prices[np.isfinite(prices)].max(initial=0) + 0.1))  # a broken step has none
     curve.grid(alpha=0.3)
     curve.legend()
     for layer in range(layers):
-        load = np.array([record["load_by_layer"][layer] for record in loads], dtype=float).T  # (E, times)
+        load = loads[:, layer].T  # (E, times)
         strip = axes[1 + layer, 0]
         relative = load / load.mean(0, keepdims=True).clip(min=1e-9)
-        edges = [0, *(record["step"] for record in loads)], np.arange(len(load) + 1) - 0.5
+        edges = [0, *times], np.arange(len(load) + 1) - 0.5
         image = strip.pcolormesh(*edges, relative, cmap="RdBu_r", vmin=0, vmax=2)
         strip.invert_yaxis()
         strip.set(ylabel=f"MoE layer {layer}\nexpert")
@@ -59,3 +69,11 @@ def draw_run(folder: Path) -> Path:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
+
+
+def column(records: list[Record], name: str) -> np.ndarray:
+    """A field of every record, float64. Raises KeyError, TypeError or ValueError where that cannot be drawn."""
+    values = np.array([record[name] for record in records], dtype=float)
+    if not (np.abs(values) < 1e9).all():
+        raise ValueError(f"{name} is not finite, or beyond measure")
+    return values

@@ -29,6 +29,18 @@ from moe.metrics import Record
 SWEEP_SEED = 0  # those that count are 1, 2, ...
 POINTS, ALL_POINTS = 60, 600  # of a curve, of all curves of a study, at most: a results file is for keeping
 RESULTS = "results.json"
+FINALS = [
+    "parameters",
+    "active",
+    "flops_per_token",
+    "steps",
+    "tokens",
+    "seconds",
+    "val_bits_per_byte",
+    "val_nats_per_character",
+]
+CURVE = ["tokens", "seconds", "flops", "val_bits_per_byte"]
+LARGEST = 1e30  # of all numbers in a results file
 
 
 @dataclass(frozen=True)
@@ -63,13 +75,46 @@ class Results:
 def read_results(path: Path) -> Results:
     try:
         stored = json.loads(path.read_text("utf-8"))
-        sweep, finals = tuple(stored.pop("sweep")), tuple(stored.pop("finals"))
-        keys((*sweep, *finals))  # these three raise where something is missing
-        _ = [arm["arm"] for arm in stored["protocol"]["arms"]]
-        _ = [(run["finals"]["steps"], run["curve"]["seconds"]) for run in finals]
-        return Results(**stored, sweep=sweep, finals=finals)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        results = Results(**stored | {stage: tuple(stored[stage]) for stage in ("sweep", "finals")})
+        check(results)
+        return results
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise StudyError(f"{path} holds no results of a study ({type(error).__name__}: {error})") from None
+
+
+def check(results: Results) -> None:
+    """Raises whatever error the first thing makes that a summary could not be made of."""
+    protocol = results.protocol
+    tries = {arm["arm"]: arm["tries"] for arm in protocol["arms"]}
+    texts = [results.study, results.versions["torch"], protocol["base"]["data"]["source"], *tries]
+    texts += [run["machine"] for run in results.finals]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a name is no text")
+    for budget in (protocol["budget"], protocol.get("sweep", protocol["budget"])):
+        str(Budget(**budget))
+    for settings in tries.values():
+        check_numbers([each[name] for each in settings for name in settings[0]], least=-LARGEST)
+    for run in (*results.sweep, *results.finals):
+        _ = tries[run["arm"]][run["setting"]].items()
+        check_numbers([run["setting"], run["seed"]])
+    check_numbers([run["finals"]["val_bits_per_byte"] for run in results.sweep if "finals" in run])
+    for run in results.finals:
+        finals, curve = run["finals"], run["curve"]
+        check_numbers([finals[name] for name in FINALS], least=1e-9)
+        check_numbers([value for name, value in finals.items() if name not in FINALS and value is not None])
+        check_numbers([value for name in CURVE for value in curve[name]])
+        if not 0 < len(curve["seconds"]) == min(len(curve[name]) for name in CURVE) == max(map(len, curve.values())):
+            raise ValueError("a curve's columns must be of one length")
+        if "test_bits_per_byte" in finals:
+            check_numbers([finals[f"test_{name}"] for name in ("bits_per_byte", "nats_per_character")], least=1e-9)
+        if finals["val_max_vio"] is not None:
+            check_numbers([finals["val_dead_experts"]])
+
+
+def check_numbers(values: Iterable[Any], least: float = 0.0) -> None:
+    for value in values:
+        if type(value) not in (int, float) or not least <= value <= LARGEST:
+            raise ValueError(f"{value!r} is no number, or out of bounds")
 
 
 def protocol_of(study: Study) -> dict[str, Any]:
