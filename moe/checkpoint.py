@@ -166,7 +166,9 @@ class RunFolder:
                 )
             config, runtime = from_dict(RunConfig, facts["config"]), from_dict(Runtime, facts["runtime"], "runtime")
             micro, sequences = runtime.micro_batch_size, config.train.sequences_per_step
-            require(sequences % micro == 0, f"runtime.micro_batch_size = {micro} must divide the {sequences} of a step")
+            require(
+                sequences % micro == 0, f"runtime.micro_batch_size = {micro} must divide a step's {sequences} sequences"
+            )
             return config, runtime, dict(facts["data"])
         except ConfigError as error:
             raise CheckpointError(f"{path}: {error}") from None

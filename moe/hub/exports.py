@@ -14,18 +14,17 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from moe.checkpoint import open_run
+from moe.checkpoint import check_model, open_run
 from moe.config import ModelConfig
 from moe.hub.card import card, facts_of
 from moe.hub.configs import family_of, write_config
 from moe.hub.families import Family
-from moe.hub.folder import READABLE, HubError, read_header, read_tensor
+from moe.hub.folder import HubError, read_header, read_tensor
 from moe.hub.tensors import Piece, copies, pieces
 from moe.hub.tokenizers import write_tokenizer
 from moe.hub.writing import write_folder
-from moe.machine.cost import outline
 from moe.machine.device import Dtype
-from moe.machine.stored import misfits, tensors_of
+from moe.machine.stored import tensors_of
 from moe.model import Transformer
 from moe.tokenizer import NoTokenizer, Tokenizer
 
@@ -80,13 +79,9 @@ def export_run(
     """
     stored = open_run(run)
     file = stored.checkpoint / "model.safetensors"
+    check_model(file, stored.config.model)
     headers = read_header(file)
-    wanted = {name: tuple(tensor.shape) for name, tensor in tensors_of(outline(stored.config.model)).items()}
-    if wrong := misfits({name: header.shape for name, header in headers.items()}, wanted):
-        raise HubError(f"{file} does not fit the run's config.json: {'; '.join(wrong[:5])}")
     dtypes = {name: header.dtype for name, header in headers.items()}
-    if strange := [name for name, dtype in dtypes.items() if dtype not in READABLE]:
-        raise HubError(f"{file} holds no weights: {strange[0]} is {dtypes[strange[0]]}")
     newest = lru_cache(maxsize=1)(lambda name: read_tensor(headers[name]))  # the parts of one follow each other
     weights, form = Weights(dtypes, newest), Form(dtype, mtp, shard_bytes)
     family = write(path, stored.config.model, weights, stored.tokenizer, form, facts_of(run, stored))

@@ -25,9 +25,7 @@ def draw_run(folder: Path) -> Path:
         steps, prices = column(records, "step"), column(records, "nats_per_character")
         val_steps, val_prices = column(evaluated, "step"), column(evaluated, "val_nats_per_character")
         val_tokens = column(evaluated, "val_tokens")
-        times, loads = column(detailed, "step"), column(detailed, "load_by_layer")  # (times,), (times, L, E)
-        if len(detailed) and (loads.ndim != 3 or not loads.size):
-            raise ValueError("load_by_layer must hold a number for each expert of each layer")
+        times, loads = column(detailed, "step"), column(detailed, "load_by_layer", 3)  # (times,), (times, L, E)
     except (KeyError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
         raise MoeError(f"{folder / 'metrics.jsonl'} does not hold what training writes ({what})") from None
@@ -71,9 +69,11 @@ def draw_run(folder: Path) -> Path:
     return path
 
 
-def column(records: list[Record], name: str) -> np.ndarray:
+def column(records: list[Record], name: str, dimensions: int = 1) -> np.ndarray:
     """A field of every record, float64. Raises KeyError, TypeError or ValueError where that cannot be drawn."""
     values = np.array([record[name] for record in records], dtype=float)
-    if not (np.abs(values) < 1e9).all():
+    if not (np.abs(values) < 1e15).all():
         raise ValueError(f"{name} is not finite, or beyond measure")
+    if records and (values.ndim != dimensions or not values.size):
+        raise ValueError(f"{name} has the shape {values.shape[1:]}")
     return values
