@@ -32,6 +32,7 @@ SILENCE = 90  # seconds without a finished input, after which a process is given
 MEMORY = 3 << 30  # bytes that reading may take beyond what the process has when it begins
 KEPT = Path("out/fuzz")
 MOST_KEPT = 10  # escapes of a process
+MOST_STARTS = 20  # processes of a reader
 LONGEST = 300_000  # bytes of an input that coverage has led to
 COUNTS = struct.Struct("4q")  # inputs, and how many of them were read, refused and escaped
 
@@ -109,7 +110,7 @@ class Worker:
         seeds.mkdir()
         (seeds / "valid").write_bytes(self.valid)
         flags = {"runs": inputs, "seed": seed + 1, "max_len": LONGEST, "len_control": 0, "detect_leaks": 0}
-        flags |= {"timeout": 0, "handle_alrm": 0, "rss_limit_mb": 0, "artifact_prefix": f"{folder}/"}
+        flags |= {"timeout": 10_000, "rss_limit_mb": 0, "artifact_prefix": f"{folder}/"}
         arguments = [sys.argv[0], *(f"-{name}={value}" for name, value in flags.items()), str(seeds)]
         atheris.Setup(arguments, self.feed, custom_mutator=mutate)
         atheris.Fuzz()
@@ -130,14 +131,15 @@ def work(args: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(1)
-    if args.work == "coverage":
-        import atheris
+    if not importlib.util.find_spec("atheris"):
+        return Worker(args.reader, args.folder, args.tally).at_random(args.inputs, args.seed)
+    import atheris
 
-        with atheris.instrument_imports(include=["moe"]):
-            worker = Worker(args.reader, args.folder, args.tally)
-        worker.led_by_coverage(args.inputs, args.seed, args.folder)
-    else:
-        Worker(args.reader, args.folder, args.tally).at_random(args.inputs, args.seed)
+    with atheris.instrument_imports(include=["moe"]):
+        worker = Worker(args.reader, args.folder, args.tally)
+    half = args.inputs // 2
+    worker.at_random(half, args.seed)
+    worker.led_by_coverage(args.inputs - half, args.seed, args.folder)
 
 
 # -- the process that watches ------------------------------------------------------------------------------------------
@@ -145,18 +147,14 @@ def work(args: argparse.Namespace) -> None:
 
 def run_reader(name: str, inputs: int, seed: int) -> tuple[Counts, float]:
     """All inputs of a reader, in as many processes as it takes."""
-    began, total = time.monotonic(), Counts()
-    led = inputs // 2 if importlib.util.find_spec("atheris") else 0
-    for how, wanted in (("random", inputs - led), ("coverage", led)):
-        done, starts = 0, 0
-        while done < wanted and starts < 20:
-            counts = run_worker(how, name, wanted - done, seed + 1000 * starts)
-            done, starts = done + counts.inputs, starts + 1
-            total = Counts(*(a + b for a, b in zip(total, counts, strict=True)))
+    began, total, starts = time.monotonic(), Counts(), 0
+    while total.inputs < inputs and starts < MOST_STARTS:
+        counts = run_worker(name, inputs - total.inputs, seed + 1000 * starts)
+        total, starts = Counts(*(a + b for a, b in zip(total, counts, strict=True))), starts + 1
     return total, time.monotonic() - began
 
 
-def run_worker(how: str, name: str, inputs: int, seed: int) -> Counts:
+def run_worker(name: str, inputs: int, seed: int) -> Counts:
     """One process. If it dies, or does not come back from an input, that is an escape too."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
@@ -164,7 +162,7 @@ def run_worker(how: str, name: str, inputs: int, seed: int) -> Counts:
         tally.write_bytes(COUNTS.pack(*Counts()))
         options = {"--reader": name, "--inputs": inputs, "--seed": seed, "--folder": folder, "--tally": tally}
         flags = [str(part) for option in options.items() for part in option]
-        command = [sys.executable, __file__, "--work", how, *flags]
+        command = [sys.executable, __file__, "--work", *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
         with open(log, "wb") as file:
             process = subprocess.Popen(command, stderr=file, env=environment)
@@ -211,8 +209,9 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=100_000, help="for all readers together")
     parser.add_argument("--reader", help="one of them alone")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--again", type=Path, help="an input that was kept")
-    parser.add_argument("--work", choices=("random", "coverage"), help=argparse.SUPPRESS)  # a process of this one's
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # as a process of this one's
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tally", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -233,7 +232,7 @@ def main() -> int:
     columns = ("inputs", "read", "refused", "escapes", "seconds")
     print(f"{'reader':22}" + "".join(f"{column:>10}" for column in columns), flush=True)
     began, total = time.monotonic(), Counts()
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(args.jobs) as pool:
         results = pool.map(lambda name: (name, *run_reader(name, inputs[name], args.seed)), inputs)
         for name, counts, seconds in results:
             print(f"{name:22}" + "".join(f"{number:>10,}" for number in (*counts, round(seconds))), flush=True)

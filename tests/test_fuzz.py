@@ -1,24 +1,31 @@
 """Whatever a file holds, reading it ends in success or in one clear error: a sample of tests/fuzz.py, and a name for
 each thing that once got through."""
 
+import base64
 import json
 import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import tokenize
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
-from fuzzing import CHECKPOINT, READERS, Outcome, Reader, outcome
+import torch
+from fuzzing import CHECKPOINT, READERS, Outcome, Reader, outcome, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 
 import moe
 from moe.config import MoeError
-from moe.corpus import CorpusError, open_corpus
+from moe.corpus import HEADER, CorpusError, open_corpus
 from moe.machine.stored import CheckpointError, verify
+from moe.tokenizer import BytePairs
 
 ROOT = Path(__file__).parent.parent
 SLOW = {"picture": 15, "study picture": 10, "plan": 30, "begun shard": 30, "text": 30, "lines": 30, "hub config": 40}
@@ -191,3 +198,210 @@ def test_json_nested_beyond_all_measure_is_refused(folders, name):
 
 def test_a_line_of_metrics_nested_beyond_all_measure_is_refused(folders):
     refused(folders, "metrics", NESTED + b"\n", "metrics.jsonl, line 1")
+
+
+def test_a_header_that_claims_2_to_the_60_elements_is_refused_without_allocating(folders):
+    for name in ("model", "optimizer", "hub tensors"):
+        header = json.dumps({"a": {"dtype": "F32", "shape": [2**60], "data_offsets": [0, 2**62]}}).encode()
+        data = len(header).to_bytes(8, "little") + header + bytes(64)
+        refused(folders, name, data, Path(READERS[name].file).name)
+        refused(folders, name, (2**60).to_bytes(8, "little") + header)
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 2**40}, {"num_hidden_layers": 9_999}, {"vocab_size": 2**62}])
+def test_a_configuration_that_claims_more_than_the_tensors_hold_takes_neither_memory_nor_time(folders, change):
+    facts = valid_json(folders, "config")
+    facts["config"]["model"] |= change
+    refused(folders, "config", facts, "does not fit")
+
+
+def test_a_step_of_more_tokens_than_can_be_counted_is_refused_at_once(folders):
+    for tokens in (2**60, 10**400):
+        facts = valid_json(folders, "config")
+        facts["config"]["train"] |= {"tokens_per_step": tokens, "sequence_length": 1, "micro_batch_size": 7}
+        refused(folders, "config", facts, "train.tokens_per_step")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "load"},
+        {"device": "auto"},
+        {"expert_backend": "?"},
+        {"micro_batch_size": 0},
+        {"micro_batch_size": 7},
+        {"threads": -1},
+        {"threads": 2**31},
+    ],
+)
+def test_decisions_that_no_machine_made_are_refused_by_name(folders, change):
+    facts = valid_json(folders, "config")
+    facts["runtime"] |= change
+    refused(folders, "config", facts, f"config.json: runtime.{next(iter(change))}")
+
+
+def test_a_missing_field_is_named(folders):
+    facts = valid_json(folders, "config")
+    del facts["runtime"]["threads"]
+    refused(folders, "config", facts, "config.json: runtime: missing field 'threads'")
+
+
+def test_what_a_file_makes_an_error_quote_stays_one_line_of_some_length(folders):
+    facts = valid_json(folders, "config") | {"format": 1, "versions": {"git": "a\nb\x1b[2J\ud800" + "x" * 100_000}}
+    refused(folders, "config", facts, "another version", "a?b?[2J?x")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": -1},
+        {"seconds": float("nan")},
+        {"epoch": -1},
+        {"window": 10**6},
+        {"window": 10**400},
+        {"tokens": 2**64},
+        {"balance": {"0": "x"}},
+        {"rng": {"torch": "AAAA", "cuda": []}},
+        {"rng": {}},
+    ],
+)
+def test_a_place_in_training_that_cannot_be_is_refused(folders, change):
+    refused(folders, "state", valid_json(folders, "state") | change, "state.json")
+
+
+def changed_tensors(folders, name: str, change: Callable[[dict], None]) -> bytes:
+    tensors = load((folders(name) / READERS[name].file).read_bytes())
+    change(tensors)
+    return save(tensors)
+
+
+NORM = "norm.weight/exp_avg"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tensors: tensors.pop(NORM), f"{NORM} is missing"),
+        (lambda tensors: tensors.update({"no name": torch.ones(1)}), "no name is not known"),
+        (lambda tensors: tensors.update({NORM: torch.ones(3)}), f"{NORM} is (3,) instead of (16,)"),
+        (lambda tensors: tensors.update({NORM: torch.ones(16, dtype=torch.complex64)}), f"{NORM} is C64 instead of"),
+        (lambda tensors: tensors.update({NORM: torch.ones(16, dtype=torch.int64)}), f"{NORM} is I64 instead of"),
+        (lambda tensors: tensors.update({"norm.weight/step": torch.tensor(-1.0)}), "norm.weight/step"),
+        (lambda tensors: tensors.pop("norm.weight/trained"), "norm.weight/trained is missing"),
+    ],
+)
+def test_an_optimizers_state_of_another_model_is_refused_though_the_manifest_is_right(folders, change, says):
+    refused(folders, "optimizer", changed_tensors(folders, "optimizer", change), "optimizer.safetensors", says)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_weights_that_are_no_floating_point_numbers_are_refused(folders, kind):
+    for name in ("model", "exported model"):
+        data = changed_tensors(folders, name, lambda tensors: tensors.update({"norm.weight": torch.ones(16).to(kind)}))
+        refused(folders, name, data, "model.safetensors", "norm.weight is ")
+
+
+def test_a_pattern_that_may_match_nothing_does_not_end_the_process(folders):
+    for pattern in ("(?=a)*", "", "(a|a)*b", "("):
+        stored = valid_json(folders, "tokenizer") | {"pattern": pattern}
+        stored["hash"] = BytePairs([base64.b64decode(token) for token in stored["ranks"]], pattern).hash
+        refused(folders, "tokenizer", stored, "tokenizer.json: the tokenizer's file is damaged: its pattern")
+
+
+def test_half_a_character_in_a_prompt_is_refused(folders):
+    with pytest.raises(MoeError, match="character 1 of the prompt is half of a surrogate pair"):
+        moe.generate_text(moe.load(folders("config"), device="cpu"), "a\ud800")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"characters": 0}, "characters = 0"),
+        ({"characters": 10**400}, "counts nothing"),
+        ({"bytes": -1}, "counts nothing"),
+        ({"position": {}}, "counts nothing"),
+        ({"position": {"units": -1, "bytes": 0}}, "counts nothing"),
+        ({"sha256": "0"}, "its sha256 is not the header's"),
+    ],
+)
+def test_a_shards_header_counts_what_can_be_counted(folders, change, says):
+    data = (folders("shard") / READERS["shard"].file).read_bytes()
+    header = json.dumps(json.loads(data[:HEADER]) | change).encode().ljust(HEADER)
+    refused(folders, "shard", header + data[HEADER:], "train-00000.bin", says)
+
+
+def test_a_prepared_folder_without_text_to_train_on_is_refused(folders):
+    refused(folders, "corpus", {"format": 2, "shards": {"train": [], "val": [], "test": []}}, "no text to train on")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": -1}, {"step": True}, {"loss": "x"}, {"loss": {}}, {"tokens": 10**30}, {"load_by_layer": [["x"]]}],
+)
+def test_metrics_are_numbers(folders, change):
+    line = json.dumps({"step": 1, "loss": 1.0} | change).encode() + b"\n"
+    refused(folders, "metrics", line, "metrics.jsonl, line 1: not a metrics line")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"nats_per_character": None},
+        {"nats_per_character": float("nan")},
+        {"val_tokens": []},
+        {"load_by_layer": []},
+        {"load_by_layer": [[1, 2], [3]]},
+        {"load_by_layer": 5},
+        {"val_nats_per_character": float("inf")},
+    ],
+)
+def test_a_picture_of_other_metrics_than_trainings_is_refused(folders, change):
+    refused(folders, "picture", json.dumps(record(1) | change).encode() + b"\n", "metrics.jsonl does not hold what")
+    refused(folders, "picture", b"", "metrics.jsonl has no step to draw")
+
+
+def test_a_copied_tensor_of_another_dtype_is_no_copy(folders):
+    def change(tensors: dict) -> None:
+        name = "model.layers.2.embed_tokens.weight"
+        tensors[name] = tensors[name].bfloat16()
+
+    refused(folders, "hub tensors", changed_tensors(folders, "hub tensors", change), "which it should be a copy of")
+
+
+def test_a_layers_number_of_any_length_is_a_name_like_others(folders):
+    name = f"model.layers.{'9' * 5000}.x"
+    data = changed_tensors(folders, "hub tensors", lambda tensors: tensors.update({name: torch.ones(1)}))
+    refused(folders, "hub tensors", data, "1 unexpected: model.layers.999")
+
+
+def test_a_context_of_nothing_or_of_everything_is_refused(folders):
+    for original, context in ((0, 0), (1, 10**400)):
+        rope = {"rope_type": "yarn", "original_max_position_embeddings": original}
+        config = valid_json(folders, "hub config") | {"rope_scaling": rope, "max_position_embeddings": context}
+        refused(folders, "hub config", config, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("finals", {"seconds": 0}),
+        ("finals", {"tokens": "x"}),
+        ("finals", {"val_dead_experts": None}),
+        ("curve", {"seconds": []}),
+        ("curve", {"seconds": [1.0]}),
+        ("curve", {"val_bits_per_byte": [None, None]}),
+    ],
+)
+def test_results_are_figures_that_can_be_summarised(folders, part, change):
+    stored = valid_json(folders, "results")
+    stored["finals"][0][part] |= change
+    refused(folders, "results", stored, "results.json holds no results of a study")
+
+
+def test_preparing_what_the_system_cannot_open_is_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "data" / "prepare.py"), "x" * 5000]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: ")
