@@ -73,7 +73,7 @@ class State:
     val_loss: float | None = None  # where this step was evaluated, and may be compared with other steps
 
     def __post_init__(self) -> None:
-        for name in ("step", "tokens", "seconds", "epoch", "window"):
+        for name in ("step", "tokens", "seconds", "epoch", "window", "skipped"):
             value = getattr(self, name)
             require(0 <= value < 2**63, f"state.{name} = {value} must be at least 0, and finite")
         for layer, steps in self.balance.items():
@@ -190,8 +190,8 @@ class RunFolder:
         checkpoint = self.checkpoints()[-1]
         verify(checkpoint)
         self.check_continuable()
-        tensors = load_tensors(checkpoint / OPTIMIZER)
-        wanted = optimizers.shapes() | average.shapes()
+        tensors, state = load_tensors(checkpoint / OPTIMIZER), read_state(checkpoint)
+        wanted = (optimizers.shapes() if state.step > state.skipped else {}) | average.shapes()
         wrong = misfits({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted)
         wrong = wrong or [name for name in tensors if name.endswith("/step") and not tensors[name] >= 0]
         if wrong:
@@ -200,7 +200,7 @@ class RunFolder:
             load_model(model, checkpoint / MODEL)
             average.load_state(tensors)
         optimizers.load_state(tensors)
-        return read_state(checkpoint)
+        return state
 
     def save(
         self,

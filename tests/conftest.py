@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from moe.config import ModelConfig
 from moe.machine.device import Runtime
 from moe.model import Transformer
 
+torch.set_num_threads(max(torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), 1))
 TEXT = Path(__file__).parent.parent / "data" / "tinyshakespeare" / "input.txt"
 CPU = Runtime("cpu", "float32", False, "auto", 8, 1)
 SMALL = ModelConfig(

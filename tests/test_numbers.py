@@ -94,6 +94,15 @@ def test_one_broken_step_on_end_more_than_may_be_left_out_ends_training(text, mo
     assert len(read_metrics(Path("run/metrics.jsonl"))) == 9
 
 
+def test_a_run_none_of_whose_steps_could_be_made_yet_is_resumed(text, monkeypatch):
+    stepped = spoil(monkeypatch, {1, 2})
+    settings = ("--out", "run", "--data", text, *SETTINGS, "--train.skip-non-finite", "2", "--resume", "auto")
+    assert run_training(*settings, "--steps", "2") == 0
+    assert stepped == []
+    assert run_training(*settings, "--steps", "4") == 0
+    assert stepped == [3, 4]
+
+
 def test_the_first_parameter_that_is_not_finite_is_named_weights_before_gradients():
     model = build()
     names = [name for name, _ in model.named_parameters()]

@@ -22,7 +22,8 @@ def draw_run(folder: Path) -> Path:
     detailed = [record for record in records if "load_by_layer" in record]
     evaluated = [record for record in records if "val_loss" in record]
     try:
-        steps, prices = column(records, "step"), column(records, "nats_per_character")
+        made = [record for record in records if record["nats_per_character"] is not None]  # those left out have none
+        steps, prices = column(made, "step"), column(made, "nats_per_character")
         val_steps, val_prices = column(evaluated, "step"), column(evaluated, "val_nats_per_character")
         val_tokens = column(evaluated, "val_tokens")
         times, loads = column(detailed, "step"), column(detailed, "load_by_layer", 3)  # (times,), (times, L, E)
@@ -49,7 +50,7 @@ def draw_run(folder: Path) -> Path:
         ylabel="nats per character",
         title=f"{folder.name}: {val_prices[-1]:.3f} nats per character" if evaluated else "",
     )
-    curve.set_ylim(top=min(4.0, prices[np.isfinite(prices)].max(initial=0) + 0.1))  # a broken step has none
+    curve.set_ylim(top=min(4.0, prices.max(initial=0) + 0.1))
     curve.grid(alpha=0.3)
     curve.legend()
     for layer in range(layers):
