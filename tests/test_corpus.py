@@ -666,6 +666,17 @@ def test_batches_depend_on_seed_and_cursor_alone_and_an_epoch_reads_every_window
     assert tokens[:, 1:].equal(targets[:, :-1])
 
 
+def test_every_epoch_reads_each_of_its_windows_once_and_in_an_order_of_its_own(prepared):
+    batches, orders = Batches(TokenStream(prepared, "train"), 1, 4, seed=3), []
+    for epoch in range(3):
+        tokens = [batches.next()[0][0].tolist()]
+        orders.append(((batches.starts - batches.starts.min()) // 4).tolist())
+        tokens += [batches.next()[0][0].tolist() for _ in batches.starts[1:]]
+        assert batches.cursor == Cursor(epoch, len(batches.starts))
+        assert tokens == [batches.stream.read(start, 4).tolist() for start in batches.starts]
+    assert orders[0][:10] != orders[1][:10] != orders[2][:10]
+
+
 def test_a_training_split_too_short_for_two_windows_is_refused(prepared):
     with pytest.raises(CorpusError, match="sequence-length"):
         Batches(TokenStream(prepared, "train"), 2, 64, seed=0)

@@ -74,6 +74,30 @@ def test_every_parameter_is_in_exactly_one_group(small):
     assert len(handled) == len(set(handled)) == len(names)
 
 
+def test_decay_shrinks_matrices_and_embeddings_and_never_norms_biases_or_the_router():
+    model = build(attention_bias=True)
+    config = OptimConfig(muon_lr=0.1, muon_weight_decay=0.5, adam_lr=0.2, adam_weight_decay=0.4, warmup=0.0)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)  # so nothing but the decay moves it
+    Optimizers(model, config).step(0.0)
+    for name, weight in model.named_parameters():
+        rate = 0.2 * 0.4 if name in ("embed_tokens.weight", "lm_head.weight") else 0.1 * 0.5
+        kept = 1.0 if weight.ndim == 1 or name.endswith("router.weight") else 1 - rate
+        torch.testing.assert_close(weight.detach(), before[name] * kept, msg=name)
+
+
+def test_embeddings_and_norms_learn_at_one_rate_and_the_router_at_its_own():
+    model = build()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)  # Adam's first step is the rate itself
+    Optimizers(model, OptimConfig(adam_lr=0.01, router_lr=0.003, warmup=0.0)).step(0.0)
+    for name, rate in (("lm_head.weight", 0.01), ("norm.weight", 0.01), ("layers.1.mlp.router.weight", 0.003)):
+        moved = before[name] - dict(model.named_parameters())[name]
+        torch.testing.assert_close(moved, torch.full_like(moved, rate), rtol=1e-3, atol=1e-6)
+
+
 def test_adamw_takes_the_matrices_too_where_asked_and_moves_each_weight_by_its_own_rate():
     model = build()
     optimizers = Optimizers(

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.config import ModelConfig
-from moe.metrics import PATIENCE, CollapseAlarm, load_record
+from moe.metrics import PATIENCE, CollapseAlarm, load_record, routing_record
 from moe.model import Transformer
 from moe.router import (
     Router,
+    RoutingStats,
     collapsed_layers,
     count_load,
     dead_experts,
@@ -100,6 +101,13 @@ def test_bias_moves_the_choice_but_never_the_gate(small):
     torch.testing.assert_close(after.gates, before.scores.gather(1, after.chosen))
 
 
+def test_the_router_computes_in_float32_whatever_autocast_is_about(small):
+    router, x = Router(small), torch.randn(50, small.hidden_size)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = router(x)
+    assert all(ours.equal(plain) for ours, plain in zip(under, router(x), strict=True))
+
+
 @pytest.mark.parametrize("bias", [-50.0, 50.0])
 def test_gates_stay_finite_when_every_score_underflows_under_any_bias(small, bias):
     router = Router(small)
@@ -166,6 +174,12 @@ def test_the_bias_is_a_stored_float32_buffer_that_no_cast_and_no_evaluation_chan
 def test_load_counts_every_choice_once():
     chosen = torch.tensor([[0, 2], [2, 3], [2, 0]])
     assert count_load(chosen, 5).tolist() == [2, 0, 3, 1, 0]
+
+
+def test_the_load_counts_what_was_chosen_within_the_groups_that_were_kept(small):
+    router = Router(replace(small, n_group=4, topk_group=1))
+    routing = router(torch.randn(40, small.hidden_size))
+    assert router.stats(routing, 2).load.equal(routing.chosen.flatten().bincount(minlength=8))
 
 
 @settings(max_examples=20, deadline=None)
@@ -262,6 +276,12 @@ def test_the_figures_of_balance():
     assert load_entropy(load).tolist() == pytest.approx([1.0, 0.0, 0.5])
     assert dead_experts(load).tolist() == [0, 3, 2]
     assert load_record(load) == {"max_vio": 3.0, "entropy": 0.0, "dead_experts": 5}
+
+
+def test_the_losses_of_balance_are_told_as_the_mean_over_the_layers():
+    load, balance, z = torch.ones(3, 4, dtype=torch.int64), torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0.5, 1.0, 1.5])
+    record = routing_record(RoutingStats(load, balance, z), detailed=False)
+    assert (record["balance_loss"], record["z_loss"]) == (3.0, 1.0)
 
 
 def test_the_alarm_sounds_once_for_a_layer_that_stays_collapsed():

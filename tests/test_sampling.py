@@ -152,6 +152,13 @@ def test_each_filter_keeps_exactly_what_it_promises():
     assert kept(top_k=100) == [0, 1, 2, 3]
 
 
+def test_filters_see_the_chances_at_the_temperature():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    for temperature, top_p, min_p in ((1.0, 2, 2), (0.5, 1, 1), (2.0, 2, 3)):  # at 0.5 chances go as 16 : 9 : 4 : 1
+        assert (frequencies(logits, temperature=temperature, top_p=0.5) > 0).sum() == top_p
+        assert (frequencies(logits, temperature=temperature, min_p=0.6) > 0).sum() == min_p
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0, 3), st.integers(0, 9), st.floats(0.01, 1), st.floats(0, 1))
 def test_no_setting_leaves_nothing_to_draw(temperature, top_k, top_p, min_p):

@@ -12,7 +12,7 @@ from conftest import SMALL, TEXT, build
 
 import moe
 from moe.checkpoint import Run
-from moe.config import RunConfig, TrainConfig
+from moe.config import DataConfig, RunConfig, TrainConfig
 from moe.corpus import prepare
 from moe.data import TokenStream
 from moe.lab.score import WINDOW, ScoreError, evaluate, overlapping_windows, price, prices_of, score
@@ -77,6 +77,16 @@ def test_the_load_counts_every_token_of_the_split_once_and_nothing_else(debug_ru
     for limit in (0, 65, 100):
         score, load = evaluate(run.model, stream, 64, nullcontext, limit)
         assert load.sum(-1).unique().tolist() == [score.tokens * run.config.model.num_experts_per_tok]
+
+
+@pytest.mark.parametrize(("limit", "characters", "size"), [(0, 20 * 13, 20 * 19), (1 + 5 * 19, 5 * 13, 5 * 19)])
+def test_an_evaluation_counts_the_characters_and_the_bytes_of_what_it_prices(
+    bytes_run, tmp_path, limit, characters, size
+):
+    (tmp_path / "text.txt").write_text("Ünïcödé €uro\n" * 200, "utf-8")  # 13 characters, 19 bytes
+    corpus = prepare(DataConfig(str(tmp_path / "text.txt"), tokenizer="bytes"), tmp_path / "prepared")
+    result, _ = evaluate(bytes_run.model, TokenStream(corpus, "val"), 32, nullcontext, limit)
+    assert (result.characters, result.bytes, result.tokens) == (characters, size, size)
 
 
 def test_separate_windows_are_the_validation_loss_of_training(debug_run):
