@@ -664,12 +664,14 @@ MUTANTS = (
 
 
 def mutate(project: Path, mutant: Mutant) -> None:
-    """Raises LookupError where the text to be changed is not there, or not once."""
     path = project / mutant.file
-    text = path.read_text("utf-8")
-    if (found := text.count(mutant.old)) != 1:
-        raise LookupError(f"stale: {mutant.file} has its text {found} times, not once")
-    path.write_text(text.replace(mutant.old, mutant.new), "utf-8")
+    path.write_text(path.read_text("utf-8").replace(mutant.old, mutant.new), "utf-8")
+
+
+def stale() -> list[str]:
+    """Which mutants the code has left behind: what they change is no longer there, or not once."""
+    found = {mutant: (ROOT / mutant.file).read_text("utf-8").count(mutant.old) for mutant in MUTANTS}
+    return [f"{one.name}: {one.file} has {one.old!r} {count} times" for one, count in found.items() if count != 1]
 
 
 def copy_project(to: Path) -> None:
@@ -684,11 +686,9 @@ def copy_project(to: Path) -> None:
 
 def in_project(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Python, where the packages to be imported are those of this copy."""
-    environment = {"PYTHONPATH": str(project), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "999"}
-    command, environment = [sys.executable, *arguments], os.environ | environment
-    return subprocess.run(
-        command, cwd=project, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
+    own = {"PYTHONPATH": str(project), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "999"}
+    options: dict = {"cwd": project, "env": os.environ | own, "capture_output": True, "text": True}
+    return subprocess.run([sys.executable, *arguments], timeout=PATIENCE, check=False, **options)
 
 
 def outcome_of(tests: str, mutant: Mutant | None = None) -> Outcome:
@@ -702,8 +702,8 @@ def outcome_of(tests: str, mutant: Mutant | None = None) -> Outcome:
             if mutant:
                 mutate(project, mutant)
             done = in_project(project, "-m", "pytest", *options, *shlex.split(tests))
-        except (LookupError, subprocess.TimeoutExpired) as error:
-            return Outcome("BROKEN", str(error))
+        except subprocess.TimeoutExpired:
+            return Outcome("BROKEN", f"its tests took longer than {PATIENCE} s", PATIENCE)
     return Outcome(*judge(done), time.monotonic() - began)
 
 
@@ -752,6 +752,9 @@ def main() -> int:
     began, chosen, tally = time.monotonic(), wanted(arguments.names), dict.fromkeys(("caught", "SURVIVED", "BROKEN"), 0)
     if not chosen:
         parser.error(f"no mutant is called {' or '.join(arguments.names)}")
+    if left_behind := stale():
+        print("error: these mutants are stale:", *left_behind, sep="\n", file=sys.stderr)
+        return 2
     if (elsewhere := check_import()) is not None:
         print(f"error: a copy of the project is not what is imported, but {elsewhere}", file=sys.stderr)
         return 2
