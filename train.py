@@ -21,7 +21,7 @@ import torch
 import tyro
 
 import moe
-from moe.checkpoint import Run, RunFolder, State, check_model, open_run, read_state
+from moe.checkpoint import Run, RunFolder, State, open_run, read_state
 from moe.config import ConfigError, ModelConfig, MoeError, RunConfig, TrainConfig
 from moe.corpus import Corpus, prepare
 from moe.data import Batches, TokenStream
@@ -32,7 +32,8 @@ from moe.machine.cost import activation_bytes, count, readable
 from moe.machine.device import DeviceError, resolve, resolve_device, reuse_memory, working_losses
 from moe.machine.reproduce import random_state, set_random_state
 from moe.machine.signals import Requests
-from moe.machine.stored import CheckpointError, load_model, tensors_of
+from moe.machine.stored import CheckpointError
+from moe.machine.weights import check_model, load_model, tensors_of
 from moe.metrics import (
     CollapseAlarm,
     Display,

@@ -16,17 +16,15 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
-from moe.config import ConfigError, ModelConfig, RunConfig, TrainConfig, require
+from moe.config import ConfigError, RunConfig, TrainConfig, require
 from moe.data import Cursor
-from moe.machine.cost import outline
-from moe.machine.device import Dtype, Runtime, check_room, hardware, resolve_device
+from moe.machine.device import Dtype, Runtime, hardware
 from moe.machine.files import sync, write_whole
 from moe.machine.parsing import from_dict, to_dict
 from moe.machine.reproduce import versions
@@ -36,17 +34,13 @@ from moe.machine.stored import (
     OPTIMIZER,
     STATE,
     CheckpointError,
-    load_model,
-    load_tensors,
-    misfits,
     read_manifest,
     remove_checkpoint,
     remove_leftovers,
-    shapes_of,
-    tensors_of,
     verify,
     write_checkpoint,
 )
+from moe.machine.weights import check_model, empty_model, load_model, load_tensors, misfits
 from moe.model import Transformer
 from moe.optim import Average, Optimizers
 from moe.tokenizer import Tokenizer
@@ -313,33 +307,6 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: Dtype = "f
     model = empty_model(config, device, dtype, stored.checkpoint)
     load_model(model, file)
     return Run(model.eval(), stored.tokenizer, stored.config, stored.checkpoint)
-
-
-def check_model(file: Path, config: ModelConfig) -> None:
-    """Raises CheckpointError for a file that does not hold this model, before a model of that size is made."""
-    shapes, layers = shapes_of(file), config.num_hidden_layers + config.num_nextn_predict_layers
-    if layers > len(shapes):
-        raise CheckpointError(
-            f"{file} does not fit this model: config.json says {layers} layers, more than its tensors"
-        )
-    try:
-        wanted = {name: tuple(tensor.shape) for name, tensor in tensors_of(outline(config)).items()}
-    except ConfigError as error:
-        raise CheckpointError(f"{file} does not fit config.json: {error}") from None
-    if wrong := misfits(shapes, wanted):
-        raise CheckpointError(f"{file} does not fit this model: {'; '.join(wrong[:5])}")
-
-
-def empty_model(config: ModelConfig, device: str, dtype: Dtype, what: object) -> Transformer:
-    """A model whose numbers are still to be read, all of them. what: it is, for the message of the DeviceError that is
-    raised when it does not fit."""
-    if dtype not in get_args(Dtype):
-        raise CheckpointError(f"dtype = {dtype} is not known: give one of {', '.join(get_args(Dtype))}, as a string")
-    where = resolve_device(device)[0]
-    model = outline(config).to(getattr(torch, dtype))
-    check_room(sum(tensor.nbytes for tensor in tensors_of(model).values()), where, dtype, what)
-    model.to_empty(device=where).tie()
-    return model
 
 
 def open_run(path: str | Path | None = None) -> StoredRun:

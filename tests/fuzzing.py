@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import moe
 from moe import hub
-from moe.checkpoint import RunFolder, State, random_state, read_state, set_random_state
+from moe.checkpoint import RunFolder, State, read_state
 from moe.config import DataConfig, ModelConfig, MoeError, RunConfig, TrainConfig
 from moe.corpus import open_corpus, prepare
 from moe.corpus.bpe import train_bpe
@@ -44,7 +44,9 @@ from moe.lab.study_runs import Results, protocol_of, read_results
 from moe.lab.study_summary import summarize
 from moe.machine.device import Runtime, resolve_device
 from moe.machine.files import write_whole
-from moe.machine.stored import sha256_of, tensors_of, verify
+from moe.machine.reproduce import random_state, set_random_state
+from moe.machine.stored import sha256_of, verify
+from moe.machine.weights import tensors_of
 from moe.metrics import CollapseAlarm, MetricsLog, read_metrics
 from moe.model import Transformer
 from moe.optim import Average, Optimizers

@@ -27,13 +27,12 @@ from pathlib import Path
 
 import torch
 
+from moe.checkpoint import RunFolder, read_state
+from moe.machine.stored import verify
+from moe.machine.weights import load_tensors
+from moe.metrics import read_metrics
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from moe.checkpoint import RunFolder, read_state  # noqa: E402
-from moe.machine.stored import load_tensors, verify  # noqa: E402
-from moe.metrics import read_metrics  # noqa: E402
-
 STEPS = 60
 COMMON = ("--plain", "--quiet", "--steps", STEPS, "--train.save-interval", 1, "--train.sequence-length", 16)
 COMMON += ("--tokens-per-step", 64, "--train.eval-interval", 20, "--data.tokenizer", "bytes", "--resume", "auto")

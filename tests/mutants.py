@@ -697,7 +697,17 @@ def outcome_of(tests: str, mutant: Mutant | None = None) -> Outcome:
     with TemporaryDirectory(prefix="mutant-") as folder:
         project = Path(folder) / "project"
         copy_project(project)
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-rfE", "--hypothesis-seed=0", f"--basetemp={folder}/scratch"]
+        options = [
+            "-x",
+            "-q",
+            "-n",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            "-rfE",
+            "--hypothesis-seed=0",
+            f"--basetemp={folder}/scratch",
+        ]
         try:
             if mutant:
                 mutate(project, mutant)

@@ -20,7 +20,8 @@ from moe.corpus import prepare
 from moe.data import TokenStream
 from moe.lab.score import evaluate
 from moe.machine.device import DeviceError
-from moe.machine.stored import CheckpointError, load_model, load_tensors, tensors_of, verify
+from moe.machine.stored import CheckpointError, verify
+from moe.machine.weights import load_model, load_tensors, tensors_of
 from moe.metrics import MetricsLog, read_metrics
 from moe.model import Transformer
 

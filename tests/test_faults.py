@@ -17,7 +17,8 @@ import moe
 from moe.checkpoint import RunFolder, State
 from moe.config import TrainConfig
 from moe.machine import stored
-from moe.machine.stored import CheckpointError, load_tensors, verify
+from moe.machine.stored import CheckpointError, verify
+from moe.machine.weights import load_tensors
 from moe.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ from pathlib import Path
 import torch
 from moe.checkpoint import RunFolder, State
 from moe.config import TrainConfig
-from moe.machine.stored import load_tensors, verify
+from moe.machine.stored import verify
 
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 torch.set_num_threads(1)

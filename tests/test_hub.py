@@ -19,7 +19,7 @@ from moe.hub.__main__ import main
 from moe.hub.families import FAMILIES
 from moe.hub.parity import draw
 from moe.lab.score import score
-from moe.machine.stored import tensors_of
+from moe.machine.weights import tensors_of
 
 PROMPT = "ROMEO:\nWhat"
 

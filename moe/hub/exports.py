@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from moe.checkpoint import check_model, open_run
+from moe.checkpoint import open_run
 from moe.config import ModelConfig
 from moe.hub.card import card, facts_of
 from moe.hub.configs import family_of, write_config
@@ -24,7 +24,7 @@ from moe.hub.tensors import Piece, copies, pieces
 from moe.hub.tokenizers import write_tokenizer
 from moe.hub.writing import write_folder
 from moe.machine.device import Dtype
-from moe.machine.stored import tensors_of
+from moe.machine.weights import check_model, tensors_of
 from moe.model import Transformer
 from moe.tokenizer import NoTokenizer, Tokenizer
 

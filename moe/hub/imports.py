@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from moe.checkpoint import RunFolder, State, empty_model
+from moe.checkpoint import RunFolder, State
 from moe.config import ConfigError, ModelConfig, RunConfig, TrainConfig
 from moe.hub.configs import Reading, read_config
 from moe.hub.families import Family
@@ -21,7 +21,7 @@ from moe.hub.tensors import Piece, fill, fitting_pieces, mtp_depths
 from moe.hub.tokenizers import read_tokenizer
 from moe.machine.cost import outline
 from moe.machine.device import Dtype, Runtime, check_room
-from moe.machine.stored import tensors_of
+from moe.machine.weights import empty_model, tensors_of
 from moe.model import Transformer
 from moe.tokenizer import NoTokenizer, Tokenizer
 

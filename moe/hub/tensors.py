@@ -20,7 +20,7 @@ from moe.config import ModelConfig
 from moe.hub.families import Family, Names
 from moe.hub.folder import Folder, HubError
 from moe.machine.cost import outline
-from moe.machine.stored import tensors_of
+from moe.machine.weights import tensors_of
 
 Place = tuple[int | slice, ...]
 FUSED = ".mlp.experts.gate_up_proj"  # how transformers 5 holds the experts, and saves them if told to

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from moe.checkpoint import versions
 from moe.config import MoeError, require
 from moe.machine.device import processor
+from moe.machine.reproduce import versions
 
 Way = Callable[[], object]
 Times = Mapping[str, Sequence[float]]

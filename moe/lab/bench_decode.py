@@ -33,7 +33,7 @@ from moe.experts import MoE
 from moe.lab.bench import BenchError, Row, alternate, check_rounds, copy_bandwidth, medians, present, ratio
 from moe.machine.cost import readable
 from moe.machine.device import Runtime, resolve_device
-from moe.machine.stored import tensors_of
+from moe.machine.weights import tensors_of
 from moe.model import Transformer
 from moe.sampling import generate
 from moe.tokenizer import NoTokenizer

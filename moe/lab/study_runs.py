@@ -17,13 +17,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from moe.checkpoint import versions
 from moe.config import require
 from moe.lab.studies import Arm, Budget, Study, StudyError, configure
 from moe.lab.study_training import Diverged, Job, Outcome, Stage, Trainer
 from moe.machine.device import resolve_device
 from moe.machine.files import write_whole
 from moe.machine.parsing import to_dict
+from moe.machine.reproduce import versions
 from moe.metrics import Record
 
 SWEEP_SEED = 0  # those that count are 1, 2, ...

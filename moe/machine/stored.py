@@ -1,4 +1,4 @@
-"""A checkpoint on the disk: a folder that is whole or does not exist, and what its tensors are read into.
+"""A checkpoint on the disk: a folder that is whole or does not exist.
 
 It is written beside the others under a passing name; its files are synced, then the manifest with their sizes and
 sha256, then the folder is renamed. One without a manifest does not exist. Nothing is pickled.
@@ -14,10 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from moe.config import MoeError
 from moe.machine.files import sync, sync_folder, write_whole
@@ -27,9 +26,7 @@ MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 PLAIN_NAME = re.compile(r"\w+\.(json|safetensors)")  # no path: nothing that could lead out of the folder
-WEIGHTS = ("F32", "F16", "BF16")  # safetensors' names for what a checkpoint's tensors may be stored in
 PASSING = re.compile(r"\.\d{8,}\.\d+(\.old)?")  # the names of a checkpoint that is not there yet, or no longer
-Shape = tuple[int, ...]
 
 
 class CheckpointError(MoeError):
@@ -105,61 +102,3 @@ def verify(checkpoint: Path) -> None:
                 )
     except (OSError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint}: {error}") from None
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones once."""
-    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    shapes_of(path)
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def shapes_of(path: Path) -> dict[str, Shape]:
-    """Of a file's tensors, by name. Raises CheckpointError unless all are of floating point."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-            strange = [
-                f"{name} is {part.get_dtype()}" for name, part in parts.items() if part.get_dtype() not in WEIGHTS
-            ]
-            if strange:
-                raise CheckpointError(f"{path} holds no weights: {strange[0]} instead of {', '.join(WEIGHTS)}")
-            return {name: tuple(part.get_shape()) for name, part in parts.items()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-@torch.no_grad()
-def load_model(model: nn.Module, path: Path, optional: str | None = None) -> None:
-    """Copy a file's tensors into the model one at a time, in the model's dtypes. Raises CheckpointError listing what is
-    missing, unexpected or of another shape, before any is copied. optional: names that begin so may be on one side
-    only."""
-    tensors, shapes = tensors_of(model), shapes_of(path)
-    wrong = misfits(shapes, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, optional)
-    if wrong:
-        raise CheckpointError(f"{path} does not fit this model: {'; '.join(wrong[:5])}")
-    try:
-        with safe_open(path, framework="pt") as file:  # maps the file: what is not read takes no memory
-            for name in (name for name in shapes if name in tensors):
-                tensors[name].copy_(file.get_tensor(name))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def misfits(stored: dict[str, Shape], wanted: dict[str, Shape], optional: str | None = None) -> list[str]:
-    """What keeps a file's tensors from being a model's, by their shapes. optional: see load_model."""
-    wrong = []
-    for name in sorted(stored.keys() | wanted.keys()):
-        found, shape = stored.get(name), wanted.get(name)
-        if found is None or shape is None:
-            if not (optional and name.startswith(optional)):
-                wrong.append(f"{name} is {'missing' if found is None else 'not known'}")
-        elif found != shape:
-            wrong.append(f"{name} is {found} instead of {shape}")
-    return wrong
