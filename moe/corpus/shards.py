@@ -42,6 +42,7 @@ class ShardHeader:
 
     def __post_init__(self) -> None:
         place = [self.position.get(name) for name in START]
+        place += [self.position.get(name, 0) for name in ("pass", "taken")]  # of a stream's
         for count in (self.tokens, self.characters, self.bytes, *place):
             require(type(count) is int and 0 <= count < 2**60, f"{count!r} counts nothing")
         require(self.tokens == 0 or self.characters > 0, f"characters = {self.characters} of {self.tokens} tokens")

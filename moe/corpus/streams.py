@@ -163,7 +163,7 @@ class Stream:
             if self.config.field in (stream.features or {}):
                 stream = stream.select_columns([self.config.field])
             if where["state"]:
-                stream.load_state_dict(where["state"])
+                self._attempt(partial(stream.load_state_dict, where["state"]))
             documents = iter(stream)
             while not limit or where["taken"] < limit:
                 texts, size = self._gather(documents, min(UNIT, limit - where["taken"]) if limit else UNIT)
