@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 MOST_LAYERS = 10_000  # so that a damaged file costs an error instead of hours
-MOST_TOKENS = 1 << 40  # of a step: likewise
+MOST_TOKENS = 1 << 50  # of a step: likewise
 LONGEST = 2000  # letters of a message
 
 

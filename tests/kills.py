@@ -147,18 +147,18 @@ def one_run(folder: Path, whole: Path, text: Path, variant: str, seed: int, kill
     return tally
 
 
-def harness(kills: int, seed: int, jobs: int, text: str) -> Tally:
+def harness(kills: int, seed: int, jobs: int, text: str, variants: tuple[str, ...] = tuple(VARIANTS)) -> Tally:
     total = Tally()
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(jobs) as pool:
         source = Path(place) / "text.txt"
         source.write_text(text)
-        for variant in VARIANTS:
+        for variant in variants:
             start(Path(place) / variant, source, variant).communicate()
         numbers, running = itertools.count(), set[Future[Tally]]()
         while total.kills < kills or running:
             while total.kills < kills and len(running) < jobs:
                 number = next(numbers)
-                variant = list(VARIANTS)[number % len(VARIANTS)]
+                variant = variants[number % len(variants)]
                 folder = Path(place) / f"{variant}-{number}"
                 job = (folder, Path(place) / variant, source, variant, seed + number, kills - total.kills)
                 running.add(pool.submit(one_run, *job))

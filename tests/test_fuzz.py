@@ -347,7 +347,7 @@ def test_metrics_are_numbers(folders, change):
 @pytest.mark.parametrize(
     "change",
     [
-        {"nats_per_character": None},
+        {"nats_per_character": [1.0]},
         {"nats_per_character": float("nan")},
         {"val_tokens": []},
         {"load_by_layer": []},
