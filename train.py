@@ -102,12 +102,17 @@ def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
     if known.steps:
         base = replace(base, minutes=None)
     given = tyro.cli(Arguments, args=arguments, default=Arguments(Session(), base), description=__doc__)
-    changed = [name for name in differences(stored, given.run) if name not in MAY_CHANGE] if stored else []
+    if stored:
+        check_unchanged(stored, given.run, folder)
+    return given.session, given.run, folder
+
+
+def check_unchanged(stored: RunConfig, config: RunConfig, folder: RunFolder) -> None:
+    changed = [name for name in differences(stored, config) if name not in MAY_CHANGE]
     if changed:
         raise CheckpointError(
             f"{folder.path} began with another {', '.join(changed)}: continue it as it began, or choose another --out"
         )
-    return given.session, given.run, folder
 
 
 def dashed(argument: str) -> str:
@@ -138,8 +143,8 @@ def path_of(preset: str, number: int) -> Path:
 
 
 def holds_files(folder: Path) -> bool:
-    """More than the lock of a start that came to nothing."""
-    return folder.exists() and any(path.name != ".lock" for path in folder.iterdir())
+    """More than the hidden files of a start that came to nothing."""
+    return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -205,6 +210,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         raise CheckpointError(f"--resume must: {folder.path} holds no complete checkpoint to continue from")
     if resuming:
         stored, runtime, setup = folder.read_setup()
+        check_unchanged(stored, config, folder)  # again: another process may have begun it meanwhile
         check_model(folder.checkpoints()[-1] / "model.safetensors", stored.model)
         try:
             resolve_device(runtime.device)
@@ -273,7 +279,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     if resuming:
         set_random_state(state.rng)
     display.start(folder.path.name)
-    eta, lowest = Eta(state.progress(config)), folder.best()[0]
+    eta, lowest = Eta(state.progress(config)), {tokens: loss for tokens, (loss, _) in folder.best().items()}
     requests.listen()
     model.train()
 
@@ -302,7 +308,9 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         optimizers.zero_grad()
         took, began = time.perf_counter() - began, time.perf_counter()
         tokens, seconds = state.tokens + config.train.tokens_per_step, state.seconds + took
-        state = replace(state, step=state.step + 1, tokens=tokens, seconds=seconds, skipped=skipped, val_loss=None)
+        state = replace(
+            state, step=state.step + 1, tokens=tokens, seconds=seconds, skipped=skipped, val_loss=None, val_tokens=0
+        )
 
         done = state.progress(config) >= 1
         record = {
@@ -326,8 +334,10 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
                 if done and len(test):
                     record |= evaluate(model, test, window, runtime.autocast)[0].record("test")
             record |= score.record() | {f"val_{name}": value for name, value in load_record(val_load).items()}
-            if not (done and limit != config.train.eval_tokens):
-                state = replace(state, val_loss=record["val_loss"])
+            if math.isfinite(price := record["val_loss"]):
+                state = replace(state, val_loss=price, val_tokens=score.tokens)
+            else:
+                display.warn(f"step {state.step}: the validation loss is {price}")
             began = time.perf_counter()  # the training clock counts all but evaluation and saving
         log.write(record)
         wandb.log(record)
@@ -335,10 +345,10 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         if not skipped and (warning := alarm.check(load)) is not None:
             display.warn(warning)
         folder.saved(patient=False)
-        ending, price = done or requests.end, math.inf if state.val_loss is None else state.val_loss
-        improved, lowest = price < lowest, min(lowest, price)
-        wanted = requests.save or every(config.train.save_interval, state.step) or (improved and config.train.keep_best)
-        if ending or wanted:
+        ending, improved = done or requests.end, False
+        if state.val_loss is not None and state.val_loss < lowest.get(state.val_tokens, math.inf):
+            lowest[state.val_tokens], improved = state.val_loss, config.train.keep_best
+        if ending or improved or requests.save or every(config.train.save_interval, state.step):
             requests.save = False
             broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
             if broken:
@@ -371,8 +381,8 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
             prices = "{:.4f} nats per character, {:.4f} bits per byte, {:.4f} nats per token".format(*figures)
             display.say(f"{label:8} {prices} on the whole {name} split")
     if (earlier := best_before(read_metrics(folder.metrics))) is not None:
-        kept = folder.best()[1]
-        where = f", kept as {kept}" if kept and int(kept.name) == earlier["step"] else ""
+        kept = folder.best().get(earlier["val_tokens"], (0, folder.path))[1]
+        where = f", kept as {kept}" if kept.name == f"{earlier['step']:08d}" else ""
         best = f"{earlier['val_nats_per_character']:.4f} at step {earlier['step']:,}{where}"
         display.say(f"best     {best}; what followed made it worse: try fewer steps, or --model.hidden-dropout 0.2")
     if val_load is not None:
@@ -402,7 +412,8 @@ def main(arguments: list[str]) -> int:
         finally:
             display.close()
             requests.over()
-            folder.release()
+            if (failed := folder.release()) is not None:
+                print(f"error: {failed}", file=sys.stderr)
     except MoeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from torch import Tensor
 from moe.config import ConfigError, RunConfig, TrainConfig, require
 from moe.data import Cursor
 from moe.machine.device import Dtype, Runtime, hardware
-from moe.machine.files import sync, write_whole
+from moe.machine.files import sync, sync_folder, write_whole
 from moe.machine.parsing import from_dict, to_dict
 from moe.machine.reproduce import versions
 from moe.machine.stored import (
@@ -64,12 +65,16 @@ class State:
     rng: dict = field(default_factory=dict)
     balance: dict = field(default_factory=dict)  # steps each MoE layer has looked collapsed for
     skipped: int = 0  # of the last steps, how many on end were left out, being not finite
-    val_loss: float | None = None  # where this step was evaluated, and may be compared with other steps
+    val_loss: float | None = None  # where this step was evaluated, and it is finite
+    val_tokens: int = 0  # of how much text: only prices of the same are compared
 
     def __post_init__(self) -> None:
-        for name in ("step", "tokens", "seconds", "epoch", "window", "skipped"):
+        for name in ("step", "tokens", "seconds", "epoch", "window", "skipped", "val_tokens"):
             value = getattr(self, name)
             require(0 <= value < 2**63, f"state.{name} = {value} must be at least 0, and finite")
+        require(
+            self.val_loss is None or math.isfinite(self.val_loss), f"state.val_loss = {self.val_loss} is not finite"
+        )
         for layer, steps in self.balance.items():
             require(
                 type(steps) is int, f"state.balance: {layer!r} has looked collapsed for {steps!r}, no number of steps"
@@ -105,7 +110,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
-            remove_leftovers(self.path / "checkpoints")
+            remove_leftovers(self.path)
+            sync_folder(self.path.parent)
         except Timeout:
             message = f"{self.path} is in use by another process: wait for it, or choose another folder"
             raise CheckpointError(message) from None
@@ -115,7 +121,8 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """The complete ones, oldest first."""
         folders = (self.path / "checkpoints").glob("[0-9]*")
-        return sorted(path for path in folders if re.fullmatch(r"\d{8,}", path.name) and (path / MANIFEST).is_file())
+        complete = (path for path in folders if re.fullmatch(r"\d{8,}", path.name) and (path / MANIFEST).is_file())
+        return sorted(complete, key=lambda path: int(path.name))
 
     def clear(self) -> None:
         """Remove what a start that never reached a checkpoint left behind. Raises CheckpointError for other files."""
@@ -227,8 +234,8 @@ class RunFolder:
     def save_meanwhile(
         self, model: Mapping[str, Tensor], optimizer: Iterable[tuple[str, Tensor]], state: State, keep: TrainConfig
     ) -> None:
-        """`save`, by a thread, of a copy that is made now: training goes on. What goes wrong there is raised here the
-        next time, or by `saved`."""
+        """`save`, by a thread, of a copy that is made now: training goes on, and the machine's memory holds both until
+        it is written. What goes wrong there is raised here the next time, or by `saved`."""
         self.saved()
         copies = [
             {name: tensor.to("cpu", copy=True) for name, tensor in dict(part).items()} for part in (model, optimizer)
@@ -238,30 +245,30 @@ class RunFolder:
     def saved(self, patient: bool = True) -> None:
         """Wait for what is being saved; if not patient, only look whether it went wrong. Raises CheckpointError."""
         if self.saving and (patient or self.saving.done()):
+            wait([self.saving])  # whatever interrupts this leaves the rest to `release`
             saving, self.saving = self.saving, None
             saving.result()
 
-    def release(self) -> None:
-        """The lock, once nothing is being written any more."""
-        if self.saving:
-            wait([self.saving])
+    def release(self) -> BaseException | None:
+        """Give up the lock, once nothing is being written any more. What went wrong with that, if nobody has heard."""
+        failed = self.saving.exception() if self.saving else None
+        self.saving = None
         self.lock.release()
+        return failed
 
-    def best(self) -> tuple[float, Path | None]:
-        """The lowest validation loss among the complete checkpoints, and whose it is."""
-        priced = ((val_loss_of(path), path) for path in self.checkpoints())
-        return min(((loss, path) for loss, path in priced if loss is not None), default=(math.inf, None))
+    def best(self) -> dict[int, tuple[float, Path]]:
+        """The lowest validation loss of the complete checkpoints, and whose it is, by the tokens that were priced."""
+        best: dict[int, tuple[float, Path]] = {}
+        for path in self.checkpoints():
+            with suppress(CheckpointError):  # a damaged one is no reason to end a training
+                state = read_state(path)
+                if state.val_loss is not None:
+                    best[state.val_tokens] = min(best.get(state.val_tokens, (math.inf, path)), (state.val_loss, path))
+        return best
 
     def superfluous(self, keep: TrainConfig) -> list[Path]:
-        best = self.best()[1] if keep.keep_best else None
-        return [path for path in self.checkpoints()[: -keep.keep_last] if path != best]
-
-
-def val_loss_of(checkpoint: Path) -> float | None:
-    try:
-        return read_state(checkpoint).val_loss
-    except CheckpointError:  # a damaged one is no reason to end a training
-        return None
+        best = [path for _, path in self.best().values()] if keep.keep_best else []
+        return [path for path in self.checkpoints()[: -keep.keep_last] if path not in best]
 
 
 def read_state(checkpoint: Path) -> State:

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,12 @@ def numeric(value: Any) -> bool:
 
 
 def best_before(records: list[Record]) -> Record | None:
-    """The evaluation that was best, where training on made it worse by more than a hundredth. Those that read another
-    part of the validation split than the first did are left out."""
+    """The evaluation that was best, where training on made it worse by more than a hundredth. Only those that read the
+    same part of the validation split are compared: the part of which the latest was not the only one."""
     evaluated = [record for record in records if record.get("val_loss") is not None]
-    alike = [record for record in evaluated if record["val_tokens"] == evaluated[0]["val_tokens"]]
+    times = Counter(record["val_tokens"] for record in evaluated)
+    compared = [record for record in evaluated if times[record["val_tokens"]] > 1]
+    alike = [record for record in compared if record["val_tokens"] == compared[-1]["val_tokens"]]
     best = min(alike, key=lambda record: record["val_loss"], default=None)
     return best if best and alike[-1]["val_loss"] > 1.01 * best["val_loss"] else None
 

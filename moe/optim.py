@@ -215,7 +215,9 @@ class Optimizers:
             optimizer = (
                 self.muon if any(weight is p for g in self.muon.param_groups for p in g["params"]) else self.adam
             )
-            optimizer.state[weight][kind] = value.float() if kind == "step" else value.to(weight.device, weight.dtype)
+            # copies: what is read from a file stays tied to it
+            copy = value.float().clone() if kind == "step" else torch.empty_like(weight).copy_(value)
+            optimizer.state[weight][kind] = copy
 
 
 class Average:

@@ -67,6 +67,13 @@ def start(folder: Path, text: Path, variant: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=text.parent, stderr=subprocess.PIPE, env=environment)
 
 
+def finish(folder: Path, text: Path, variant: str) -> None:
+    process = start(folder, text, variant)
+    _, said = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{folder.name} does not come to its end: {said.decode().strip()}")
+
+
 def newest_step(folder: Path) -> int:
     complete = RunFolder(folder).checkpoints()
     return int(complete[-1].name) if complete else 0
@@ -113,19 +120,25 @@ def difference(one: Path, other: Path) -> str | None:
 
 def kill_once(folder: Path, text: Path, variant: str, chance: random.Random, tally: Tally) -> bool:
     """Start, or go on, and kill; whether it came to its end before that."""
-    before, logged = newest_step(folder), steps_logged(folder)
+    before, metrics = newest_step(folder), folder / "metrics.jsonl"
+    old = metrics.stat().st_ino if metrics.exists() else None
+
+    def training() -> bool:
+        """Whether this process has made a step. It begins with a new file of metrics, cut after the checkpoint."""
+        return metrics.exists() and metrics.stat().st_ino != old and steps_logged(folder) > before
+
     process = start(folder, text, variant)
     if chance.random() < 0.1:  # anywhere, while it starts for example
         time.sleep(chance.uniform(0, 6))
     else:
-        while process.poll() is None and steps_logged(folder) <= max(before, 0) and steps_logged(folder) == logged:
+        while process.poll() is None and not training():
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.5))
     process.send_signal(signal.SIGKILL)
     _, said = process.communicate()
     if process.returncode == -signal.SIGKILL:
         tally.kills += 1
-        tally.in_training += steps_logged(folder) > before
+        tally.in_training += training()
         tally.faults += [f"{folder.name}: {fault}" for fault in what_a_kill_broke(folder, before)]
         return False
     if process.returncode or said:
@@ -138,7 +151,7 @@ def one_run(folder: Path, whole: Path, text: Path, variant: str, seed: int, kill
     tally, chance = Tally(), random.Random(seed)
     while not kill_once(folder, text, variant, chance, tally):
         if tally.faults or tally.kills >= kills:
-            start(folder, text, variant).communicate()
+            finish(folder, text, variant)
             break
     tally.runs = 1
     if not tally.faults and (part := difference(whole, folder)):
@@ -153,7 +166,7 @@ def harness(kills: int, seed: int, jobs: int, text: str, variants: tuple[str, ..
         source = Path(place) / "text.txt"
         source.write_text(text)
         for variant in variants:
-            start(Path(place) / variant, source, variant).communicate()
+            finish(Path(place) / variant, source, variant)
         numbers, running = itertools.count(), set[Future[Tally]]()
         while total.kills < kills or running:
             while total.kills < kills and len(running) < jobs:

@@ -59,7 +59,9 @@ OF_RESUMING = "tests/test_resume.py -k 'uninterrupted and float32 and loss and n
 OF_AVERAGE = "tests/test_checkpoint.py -k average"
 OF_RECOMPUTING = "tests/test_memory.py -k 'computing_again or piece_by_piece'"
 OF_LOG = "tests/test_checkpoint.py tests/test_resume.py -k 'metrics_are_whole_lines or without_gaps'"
-OF_DISK = "tests/test_faults.py -k 'manifest_comes_last or killed_at_any or best_checkpoint or moment_of'"
+OF_DISK = (
+    "tests/test_faults.py -k 'manifest_comes_last or killed_at_any or best_checkpoint or moment_of or before_the_next'"
+)
 OF_DAMAGE = "tests/test_checkpoint.py -k damaged_checkpoint"
 OF_LOOP = "tests/test_loop.py"
 
@@ -658,8 +660,9 @@ MUTANTS = (
     Mutant(
         "a damaged file of the right size is loaded", STORED, ' or sha256_of(path) != expected["sha256"]', "", OF_DAMAGE
     ),
+    Mutant("a save that failed is noticed at the next one", TRAIN, "folder.saved(patient=False)", "pass", OF_DISK),
     Mutant("what is saved meanwhile is no copy", CHECKPOINT, 'tensor.to("cpu", copy=True)', "tensor", OF_DISK),
-    Mutant("the best checkpoint is removed", CHECKPOINT, "if path != best]", "]", OF_DISK),
+    Mutant("the best checkpoint is removed", CHECKPOINT, "if path not in best]", "]", OF_DISK),
 )
 
 

@@ -124,6 +124,8 @@ def test_the_first_parameter_that_is_not_finite_is_named_weights_before_gradient
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+        RuntimeError("std::bad_alloc"),
     ],
 )
 def test_memory_that_runs_out_names_the_flag_to_lower(error, text, monkeypatch, capsys):

@@ -30,5 +30,6 @@ def run_commands(prog: str, commands: Mapping[str, Callable[..., Any]], descript
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Of a GPU, of Python, or of PyTorch on a CPU, where it has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    """Of a GPU, of Python, or of PyTorch where it has no class of its own."""
+    unnamed = ("DefaultCPUAllocator", "MPS backend out of memory", "bad_alloc")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(name in str(error) for name in unnamed)

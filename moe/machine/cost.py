@@ -40,6 +40,11 @@ class Size:
         moments that AdamW keeps of embedding and head are left out."""
         return 14 * (self.total + self.mtp_total)
 
+    @property
+    def snapshot_bytes(self) -> int:
+        """Of the copy that is written while training goes on: weights and momentum."""
+        return 8 * (self.total + self.mtp_total)
+
 
 def outline(config: ModelConfig) -> Transformer:
     """A model without memory or numbers: its tensors' names and shapes. Raises ConfigError for impossible sizes."""

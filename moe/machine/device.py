@@ -170,8 +170,9 @@ def resolve_micro_batch(config: RunConfig, device: str, dtype: str) -> tuple[int
     train, model = config.train, config.sized_model
     if train.micro_batch_size != "auto":
         return train.micro_batch_size, "as asked"
-    left = (machine_bytes(device) or UNKNOWN_MEMORY) - count(model).training_bytes
-    room = left if device == "cuda" else CPU_SHARE * left
+    size = count(model)
+    left = (machine_bytes(device) or UNKNOWN_MEMORY) - size.training_bytes
+    room = left if device == "cuda" else CPU_SHARE * (left - size.snapshot_bytes)
 
     def needed(micro: int) -> float:
         bfloat16 = activation_bytes(model, micro, train.sequence_length, train.activation_checkpointing)

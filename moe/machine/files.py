@@ -5,18 +5,22 @@ from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replace a file in one step: the old content or the new one, never a part."""
+    """Replace a file in one step: the old content or the new one, never a part. Raises OSError naming the file."""
     passing = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(passing, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(passing, path)
-    sync_folder(path.parent)
+    try:
+        with open(passing, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(passing, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        passing.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

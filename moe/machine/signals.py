@@ -7,16 +7,21 @@ SAVE = getattr(signal, "SIGUSR1", None)  # Windows has none
 
 
 class Requests:
-    """Ctrl-C and SIGTERM ask for a checkpoint and an end, and a second Ctrl-C does not wait; SIGUSR1 asks for a
-    checkpoint alone."""
+    """Ctrl-C and SIGTERM ask for a checkpoint and an end, and a second Ctrl-C does not wait for the step to end;
+    SIGUSR1 asks for a checkpoint alone."""
 
     def __init__(self) -> None:
         self.end = self.save = False
         self.before: dict[int, Any] = {}
+        if SAVE:
+            self._take(SAVE)  # at once, lest it end a run that is still being prepared
 
     def listen(self) -> None:
-        numbers = [signal.SIGINT, signal.SIGTERM] + ([SAVE] if SAVE else [])
-        self.before = {number: signal.signal(number, self._hear) for number in numbers}
+        self._take(signal.SIGINT)
+        self._take(signal.SIGTERM)
+
+    def _take(self, number: int) -> None:
+        self.before[number] = signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: object) -> None:
         if number == SAVE:

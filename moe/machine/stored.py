@@ -27,6 +27,7 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 PLAIN_NAME = re.compile(r"\w+\.(json|safetensors)")  # no path: nothing that could lead out of the folder
 PASSING = re.compile(r"\.\d{8,}\.\d+(\.old)?")  # the names of a checkpoint that is not there yet, or no longer
+PASSING_FILE = re.compile(r"\.(config\.json|tokenizer\.json|metrics\.jsonl)\.\d+")  # and those of write_whole
 
 
 class CheckpointError(MoeError):
@@ -60,16 +61,20 @@ def write_checkpoint(
         shutil.rmtree(path, ignore_errors=True)  # what has no manifest is none
         passing.rename(path)
         sync_folder(path.parent)
+        sync_folder(path.parent.parent)
     except (OSError, SafetensorError):
         shutil.rmtree(passing, ignore_errors=True)
         raise
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Those of a process that was killed while it wrote or removed a checkpoint in this folder."""
-    for path in folder.glob(".*"):
+def remove_leftovers(run: Path) -> None:
+    """Those of a process that was killed while it wrote or removed something in this run's folder."""
+    for path in (run / "checkpoints").glob(".*"):
         if PASSING.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
+    for path in run.glob(".*"):
+        if PASSING_FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def remove_checkpoint(path: Path) -> None:
