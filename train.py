@@ -21,7 +21,7 @@ import torch
 import tyro
 
 import moe
-from moe.checkpoint import Run, RunFolder, State, open_run, read_state
+from moe.checkpoint import Run, RunFolder, State, folder_of, open_run, read_state
 from moe.config import ConfigError, ModelConfig, MoeError, RunConfig, TrainConfig
 from moe.corpus import Corpus, prepare
 from moe.data import Batches, TokenStream
@@ -96,7 +96,7 @@ def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
         stored = folder.read_setup()[0]
     base = stored if stored and known.preset in (None, stored.preset) else presets()[name]
     if known.init_from and not stored:  # the model is that run's, unless told otherwise
-        base = starting_from(RunFolder(Path(known.init_from)).read_setup()[0].model, base)
+        base = starting_from(folder_of(Path(known.init_from))[0].read_setup()[0].model, base)
     if known.steps and known.minutes:
         raise ConfigError("--steps and --minutes exclude each other: give the length that shall count")
     if known.steps:

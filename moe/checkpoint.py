@@ -316,15 +316,19 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: Dtype = "f
     return Run(model.eval(), stored.tokenizer, stored.config, stored.checkpoint)
 
 
+def folder_of(path: Path) -> tuple[RunFolder, Path]:
+    """The run and the checkpoint that are meant by a checkpoint's folder, or by a run's: then its newest."""
+    if path.absolute().parent.name == "checkpoints" and (path / MANIFEST).exists():
+        return RunFolder(path.absolute().parents[1]), path
+    folder = RunFolder(path)
+    if not (complete := folder.checkpoints()):
+        raise CheckpointError(f"{path} holds no run: it has no complete checkpoint")
+    return folder, complete[-1]
+
+
 def open_run(path: str | Path | None = None) -> StoredRun:
     """A run's newest checkpoint, or the one that is named, verified, and what belongs to it. path: as of `load`."""
-    path = Path(path) if path is not None else newest_run()
-    named = path.absolute().parent.name == "checkpoints" and (path / MANIFEST).exists()
-    folder = RunFolder(path.absolute().parents[1] if named else path)
-    complete = [path] if named else folder.checkpoints()
-    if not complete:
-        raise CheckpointError(f"{folder.path} holds no run: it has no complete checkpoint")
-    checkpoint = complete[-1]
+    folder, checkpoint = folder_of(Path(path) if path is not None else newest_run())
     verify(checkpoint)
     config, _, data = folder.read_setup()
     file = folder.path / "tokenizer.json"

@@ -209,7 +209,7 @@ def restore_and_step(folder: Path) -> None:
 def read_log(folder: Path) -> None:
     path = folder / "metrics.jsonl"
     read_metrics(path)
-    facts_of(folder, moe.checkpoint.open_run(folder))
+    facts_of(moe.checkpoint.open_run(folder))
     before = path.read_bytes()
     MetricsLog(path, keep_steps=2)
     path.write_bytes(before)

@@ -19,6 +19,7 @@ import moe
 import train
 from moe.checkpoint import RunFolder, State
 from moe.config import TrainConfig
+from moe.hub.exports import export_run
 from moe.machine import stored
 from moe.machine.files import write_whole
 from moe.machine.stored import CheckpointError
@@ -379,6 +380,9 @@ def test_a_training_that_got_worse_says_when_it_was_best_and_that_checkpoint_ope
     assert f"{best['val_nats_per_character']:.4f} at step {best['step']}, kept as {folder};" in line
     assert moe.load(folder).checkpoint == folder
     assert moe.load("run").checkpoint == Path("run/checkpoints/00000030")
+    assert run_training("--out", "more", "--init-from", folder, "--data", "text.txt", *OPTIONS, "--steps", 1) == 0
+    export_run(folder, Path("hub"))
+    assert f"| {best['val_nats_per_character']:.4f} nats per character" in Path("hub/README.md").read_text()
 
 
 def test_killed_at_random_a_run_ends_as_if_it_had_not_been():

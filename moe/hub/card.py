@@ -55,8 +55,9 @@ def cell(text: str) -> str:
     return "".join({"|": "\\|", "<": "&lt;", "\n": " ", "`": "'", '"': "'"}.get(letter, letter) for letter in text)
 
 
-def facts_of(run: Path, stored: StoredRun) -> dict[str, str]:
+def facts_of(stored: StoredRun) -> dict[str, str]:
     """A run's training as lines of the card: its text, length and result; of an imported one where it is from."""
+    run = stored.checkpoint.absolute().parents[1]
     if imported := RunFolder(run).read_setup()[2].get("imported"):
         return {"imported from": str(imported)}
     config, step = stored.config, int(stored.checkpoint.name)

@@ -71,7 +71,7 @@ def save(
 def export_run(
     run: Path, path: Path, dtype: Dtype | None = None, mtp: bool = False, shard_bytes: int = SHARD_BYTES
 ) -> tuple[Family, int]:
-    """Write a run's newest checkpoint as a Hugging Face folder, tensor by tensor; which family it is, and how many
+    """Write a run's checkpoint as a Hugging Face folder, tensor by tensor; which family it is, and how many
     modules of multi-token prediction were left out.
 
     dtype: by default what each tensor is stored in. Raises HubError as `save`, and CheckpointError for what holds no
@@ -84,7 +84,7 @@ def export_run(
     dtypes = {name: header.dtype for name, header in headers.items()}
     newest = lru_cache(maxsize=1)(lambda name: read_tensor(headers[name]))  # the parts of one follow each other
     weights, form = Weights(dtypes, newest), Form(dtype, mtp, shard_bytes)
-    family = write(path, stored.config.model, weights, stored.tokenizer, form, facts_of(run, stored))
+    family = write(path, stored.config.model, weights, stored.tokenizer, form, facts_of(stored))
     return family, 0 if mtp else stored.config.model.num_nextn_predict_layers
 
 
