@@ -26,7 +26,9 @@ from moe.sampling import SamplingError, sample, to_stderr
 
 @dataclass(frozen=True)
 class Arguments:
-    run: Annotated[Path | None, tyro.conf.Positional] = None  # a run's folder, or a checkpoint's; by default the newest run
+    run: Annotated[Path | None, tyro.conf.Positional] = (
+        None  # folder of a run or of a checkpoint; by default the newest
+    )
     prompt: str | None = None  # the text to continue; by default the start of a text
     prompt_file: Path | None = None  # a file with the prompt; - reads standard input
     interactive: Annotated[bool, tyro.conf.arg(aliases=("-i",))] = False  # a loop of prompts, until an empty one
