@@ -1,6 +1,6 @@
 """Damaged files by the thousand, for every reader in the table of fuzzing.py.
 
-python tests/fuzz.py                        100,000 inputs for all of them: about a quarter of an hour on two cores
+python tests/fuzz.py                        100,000 inputs for all of them: minutes on two cores
 python tests/fuzz.py --reader shard         one alone, with as many inputs as it gets of those
 python tests/fuzz.py --reader shard --again out/fuzz/shard-0123456789ab    one input again
 
