@@ -322,6 +322,8 @@ def folder_of(path: Path) -> tuple[RunFolder, Path]:
         return RunFolder(path.absolute().parents[1]), path
     folder = RunFolder(path)
     if not (complete := folder.checkpoints()):
+        if folder.setup.exists():
+            folder.read_setup()  # which may know what it is instead
         raise CheckpointError(f"{path} holds no run: it has no complete checkpoint")
     return folder, complete[-1]
 
