@@ -32,7 +32,7 @@ from moe.machine.cost import activation_bytes, count, readable
 from moe.machine.device import DeviceError, resolve, resolve_device, reuse_memory, working_losses
 from moe.machine.reproduce import random_state, set_random_state
 from moe.machine.signals import Requests
-from moe.machine.stored import CheckpointError
+from moe.machine.stored import MODEL, CheckpointError
 from moe.machine.weights import check_model, load_model, tensors_of
 from moe.metrics import (
     CollapseAlarm,
@@ -211,7 +211,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     if resuming:
         stored, runtime, setup = folder.read_setup()
         check_unchanged(stored, config, folder)  # again: another process may have begun it meanwhile
-        check_model(folder.checkpoints()[-1] / "model.safetensors", stored.model)
+        check_model(folder.checkpoints()[-1] / MODEL, stored.model)
         try:
             resolve_device(runtime.device)
         except DeviceError:
@@ -256,7 +256,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     torch.manual_seed(config.seed)
     model = Transformer(config.model)
     if start:
-        load_model(model, start.checkpoint / "model.safetensors", optional="mtp.")
+        load_model(model, start.checkpoint / MODEL, optional="mtp.")
         had, has = start.config.model.num_nextn_predict_layers, config.model.num_nextn_predict_layers
         if had != has:
             display.warn(f"notice: {config.init_from} has {had} modules of multi-token prediction, this run has {has}")

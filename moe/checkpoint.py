@@ -47,6 +47,7 @@ from moe.optim import Average, Optimizers
 from moe.tokenizer import Tokenizer
 
 FORMAT = 2  # of config.json
+NUMBERED = re.compile(r"\d{8,}")  # a checkpoint's name: its step
 
 
 class VersionError(CheckpointError):
@@ -90,7 +91,7 @@ class State:
 
 
 class RunFolder:
-    """The files of one run. Holds the lock on it from `acquire` to the end of the process."""
+    """The files of one run. Holds the lock on it from `acquire` to `release`, or to the end of the process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -121,7 +122,7 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """The complete ones, oldest first."""
         folders = (self.path / "checkpoints").glob("[0-9]*")
-        complete = (path for path in folders if re.fullmatch(r"\d{8,}", path.name) and (path / MANIFEST).is_file())
+        complete = (path for path in folders if NUMBERED.fullmatch(path.name) and (path / MANIFEST).is_file())
         return sorted(complete, key=lambda path: int(path.name))
 
     def clear(self) -> None:
@@ -318,9 +319,13 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: Dtype = "f
 
 def folder_of(path: Path) -> tuple[RunFolder, Path]:
     """The run and the checkpoint that are meant by a checkpoint's folder, or by a run's: then its newest."""
-    if path.absolute().parent.name == "checkpoints" and (path / MANIFEST).exists():
-        return RunFolder(path.absolute().parents[1]), path
-    folder = RunFolder(path)
+    folder, place = RunFolder(path), path.absolute()
+    if NUMBERED.fullmatch(place.name) and place.parent.name == "checkpoints":
+        folder = RunFolder(place.parents[1])
+        if (path / MANIFEST).exists():
+            return folder, path
+        names = ", ".join(complete.name for complete in folder.checkpoints()) or "none"
+        raise CheckpointError(f"{path} is no complete checkpoint: there are {names}")
     if not (complete := folder.checkpoints()):
         if folder.setup.exists():
             folder.read_setup()  # which may know what it is instead

@@ -380,9 +380,16 @@ def test_a_training_that_got_worse_says_when_it_was_best_and_that_checkpoint_ope
     assert f"{best['val_nats_per_character']:.4f} at step {best['step']}, kept as {folder};" in line
     assert moe.load(folder).checkpoint == folder
     assert moe.load("run").checkpoint == Path("run/checkpoints/00000030")
+    with pytest.raises(CheckpointError, match=f"00000077 is no complete checkpoint: there are {folder.name}, 00000030"):
+        moe.load("run/checkpoints/00000077")
     assert run_training("--out", "more", "--init-from", folder, "--data", "text.txt", *OPTIONS, "--steps", 1) == 0
     export_run(folder, Path("hub"))
     assert f"| {best['val_nats_per_character']:.4f} nats per character" in Path("hub/README.md").read_text()
+
+
+def test_a_run_may_stand_in_a_folder_that_is_called_checkpoints():
+    assert run_training("--out", "checkpoints/mine", "--data", "text.txt", *OPTIONS, "--steps", 1, "--quiet") == 0
+    assert moe.load("checkpoints/mine").checkpoint == Path("checkpoints/mine/checkpoints/00000001")
 
 
 def test_killed_at_random_a_run_ends_as_if_it_had_not_been():
