@@ -85,6 +85,14 @@ def open_source(config: DataConfig, advance: Advance) -> Source:
     return Files(path, config, advance)
 
 
+def at_hand(source: str) -> bool:
+    """Whether a text can be opened without a network."""
+    known = DATA_SETS.get(source)
+    if known is None:
+        return Path(source).exists()
+    return known.kind == "bundled" or (known.kind != "hub" and (DOWNLOADS / source).exists())
+
+
 def download(name: str, known: DataSet, advance: Advance) -> Path:
     """A zipped text from its address, unpacked and checked; kept for the next time."""
     path = DOWNLOADS / name

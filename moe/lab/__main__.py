@@ -5,11 +5,13 @@ python -m moe.lab bench layer               a mixture of experts against a dense
 python -m moe.lab bench step                a training step of one preset against another's
 python -m moe.lab bench decode              writing, against transformers
 python -m moe.lab study                     the experiments there are; with a NAME, one of them
+python -m moe.lab report out/tiny           a page with a run's curves, its experts, and a text coloured by them
 """
 
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +22,8 @@ from moe.lab import study
 from moe.lab.bench_decode import DecodeBench
 from moe.lab.bench_layer import LayerBench
 from moe.lab.bench_step import StepBench
+from moe.lab.report.make import make_report, text_at_hand
+from moe.lab.report.reference import check_run, write_reference
 from moe.lab.score import Windows, score
 from moe.lab.study_plots import draw_study
 from moe.lab.study_runs import run_study
@@ -104,6 +108,44 @@ def study_command(
     progress(f"picture {draw_study(results, asked, folder)}")
 
 
+def report_command(
+    run: tyro.conf.Positional[Path | None] = None,
+    text: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
+    check: bool = False,
+    rate: float | None = None,
+    json: bool = False,
+) -> None:
+    """Write a run's report.html: its curves, its balance, its experts, a text coloured by them, and what it cost.
+
+    Args:
+        run: A run's folder, or a checkpoint's; by default the newest run.
+        text: A further file to colour by expert; may be given several times.
+        check: Write nothing; compare the curves with the reference runs of the preset and say what is off. The exit
+            status is 1 where something is.
+        rate: Dollars that an hour of the machine costs, for the price of the run.
+        json: With --check, print one JSON object.
+    """
+    if check:
+        verdict = check_run(run)
+        print(as_json(asdict(verdict)) if json else "\n".join((verdict.headline, *verdict.remarks)))
+        sys.exit(0 if verdict.fine is not False else 1)
+    if rate is not None and not 0 <= rate < 1e9:
+        raise moe.MoeError(f"--rate {rate} must be dollars an hour")
+    opened = moe.load(run)
+    folder = opened.checkpoint.parent.parent
+    given = {path.name: read_bytes(path) for path in text}
+    print(make_report(folder, opened, text_at_hand(opened, folder), given, rate))
+
+
+def reference_command(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
+    """Make the runs of a preset, one for each seed, its reference in this program.
+
+    Args:
+        runs: Their folders.
+    """
+    print(write_reference(runs))
+
+
 def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -118,7 +160,13 @@ def as_json(result: object) -> str:
 
 
 def main() -> int:
-    commands: dict[str, Callable[..., None]] = {"score": score_command, "bench": bench_command, "study": study_command}
+    commands: dict[str, Callable[..., None]] = {
+        "score": score_command,
+        "bench": bench_command,
+        "study": study_command,
+        "report": report_command,
+        "reference": reference_command,
+    }
     return run_commands("python -m moe.lab", commands, __doc__)
 
 

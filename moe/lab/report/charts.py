@@ -1,0 +1,242 @@
+"""The charts of the page as Vega-Lite specifications (https://vega.github.io/vega-lite): data, and how it is drawn.
+
+`@x` and `@y` stand for the field that the reader has chosen of `choices`. Colours are the page's CSS variables, so that
+a chart follows the page from light to dark.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moe.config import RunConfig
+from moe.lab.report.balance import LoadMap, layer_curves
+from moe.lab.report.history import History
+from moe.lab.report.reference import Reference
+
+Chart = dict[str, Any]
+STEPS = [0.25, 0.5, 0.75, 0.9, 1.1, 1.35, 1.75, 2.5]  # of a load in even shares: borders between the colours
+HEAT = [f"var(--heat{number})" for number in range(len(STEPS) + 1)]
+LINES = [f"var(--line{number})" for number in range(8)]
+ALIKE = [-0.2, -0.05, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95]  # borders of a cosine's colours
+X = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
+Y = {"nats_per_character": "nats per character", "bits_per_byte": "bits per byte"}
+
+
+def chart(description: str, height: int, **spec: Any) -> Chart:
+    return {"spec": {"width": "container", "height": height, "description": description, **spec}}
+
+
+def axis(field: str, title: str | None, kind: str = "quantitative", **more: Any) -> dict[str, Any]:
+    return {"field": field, "type": kind, "title": title, **more}
+
+
+def loss_chart(config: RunConfig, history: History, reference: Reference | None) -> Chart:
+    """Training and validation, over the band of the reference runs where there is one."""
+    evaluated = history.evaluated
+    ratio = 1.0
+    if len(evaluated) and evaluated.last["val_nats_per_character"]:
+        ratio = evaluated.last["val_bits_per_byte"] / evaluated.last["val_nats_per_character"]
+    train = history.thinned(["step", "tokens", "seconds", "nats_per_character"])
+    for row in train:
+        row["bits_per_byte"] = row["nats_per_character"] * ratio
+    whole = max((record["val_tokens"] for record in evaluated.records), default=0)
+    validation = [
+        {name: record[name] for name in ("step", "tokens", "seconds")}
+        | {name: record[f"val_{name}"] for name in Y}
+        | {"of": "validation, all of it" if record["val_tokens"] == whole else "validation, a part"}
+        for record in evaluated.records
+    ]
+    color = {"type": "nominal", "scale": {"domain": [], "range": []}, "legend": {"title": None, "orient": "bottom"}}
+    named = {"training": LINES[0], "validation, a part": LINES[1], "validation, all of it": LINES[2]}
+    if reference is not None:
+        named |= {"reference, validation": LINES[3], "reference, training": LINES[4]}
+    color["scale"] = {"domain": list(named), "range": list(named.values())}
+    x, y = axis("@x", "@xtitle"), axis("@y", "@ytitle", scale={"zero": False})
+    layers: list[dict[str, Any]] = []
+    if reference is not None:
+        layers += [
+            band_layer(config, reference, "train_nats_per_character", "reference, training", ratio, color),
+            band_layer(config, reference, "val_nats_per_character", "reference, validation", ratio, color),
+        ]
+    layers.append(
+        {
+            "data": {"values": [row | {"of": "training"} for row in train]},
+            "mark": {"type": "line", "strokeWidth": 1.2, "tooltip": {"content": "data"}},
+            "encoding": {"x": x, "y": y, "color": {"field": "of", **color}},
+        }
+    )
+    layers.append(
+        {
+            "data": {"values": validation},
+            "mark": {"type": "line", "point": {"size": 45}, "tooltip": {"content": "data"}},
+            "encoding": {"x": x, "y": y, "color": {"field": "of", **color}},
+        }
+    )
+    description = f"Training and validation loss of {config.preset} over {len(history)} steps"
+    return {**chart(description, 320, layer=layers), "choices": {"x": X, "y": Y}}
+
+
+def band_layer(
+    config: RunConfig, reference: Reference, name: str, label: str, ratio: float, color: Mapping[str, Any]
+) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for step, row in reference.band(name).items():
+        shared: dict[str, Any] = {
+            "step": step,
+            "tokens": step * config.train.tokens_per_step,
+            "seconds": None,
+            "of": label,
+        }
+        ends = {
+            f"{part}_{unit}": row[part] * scale
+            for part in ("low", "high")
+            for unit, scale in zip(Y, (1, ratio), strict=True)
+        }
+        rows.append(shared | ends)
+    return {
+        "data": {"values": rows},
+        "mark": {"type": "area", "opacity": 0.3, "line": False},
+        "encoding": {
+            "x": axis("@x", "@xtitle"),
+            "y": axis("low_@y", "@ytitle", scale={"zero": False}),
+            "y2": {"field": "high_@y"},
+            "color": {"field": "of", **color},
+        },
+    }
+
+
+def step_chart(history: History, name: str, title: str, description: str) -> Chart:
+    rows = [row for row in history.thinned(["step", name]) if not np.isnan(row[name])]
+    encoding = {"x": axis("step", "step"), "y": axis(name, title, scale={"zero": False})}
+    mark = {"type": "line", "strokeWidth": 1.2, "color": LINES[0], "tooltip": {"content": "data"}}
+    return chart(description, 160, data={"values": rows}, mark=mark, encoding=encoding)
+
+
+def rate_chart(config: RunConfig, history: History) -> Chart:
+    """The learning rates: what the schedule leaves of each."""
+    optim = config.optim
+    rates = {"Muon": optim.muon_lr, "AdamW": optim.adam_lr, "routers": optim.router_lr}
+    if optim.matrix_optimizer != "muon":
+        del rates["Muon"]
+    rows = [
+        {"step": row["step"], "rate": row["lr_share"] * rate, "of": name}
+        for row in history.thinned(["step", "lr_share"], 100)
+        for name, rate in rates.items()
+    ]
+    return lines_chart("Learning rates over the steps", rows, "rate", "learning rate", "of")
+
+
+def lines_chart(description: str, rows: Sequence[Mapping[str, Any]], field: str, title: str, of: str) -> Chart:
+    names = list(dict.fromkeys(row[of] for row in rows))
+    color = {
+        "field": of,
+        "type": "nominal",
+        "title": None if of == "of" else of,
+        "scale": {"domain": names, "range": [LINES[place % len(LINES)] for place in range(len(names))]},
+        "legend": {"orient": "bottom", "columns": 8},
+    }
+    encoding = {"x": axis("step", "step"), "y": axis(field, title, scale={"domainMin": 0}), "color": color}
+    mark = {"type": "line", "strokeWidth": 1.4, "point": len(rows) < 60, "tooltip": {"content": "data"}}
+    return chart(description, 160, data={"values": list(rows)}, mark=mark, encoding=encoding)
+
+
+def layer_chart(history: History, name: str, title: str, layers: Sequence[int]) -> Chart:
+    """A curve for each layer; of many layers, for eight of them."""
+    rows = layer_curves(history, name, layers)
+    names = sorted({row["layer"] for row in rows})
+    kept = {names[place] for place in np.linspace(0, len(names) - 1, min(len(LINES), len(names))).round().astype(int)}
+    rows = [row for row in rows if row["layer"] in kept]
+    stride = max(len(rows) // 1200, 1)
+    moments = {row["step"] for row in rows}
+    chosen = set(sorted(moments)[::stride]) | {max(moments, default=0)}
+    return lines_chart(
+        f"{title} of each layer", [row for row in rows if row["step"] in chosen], "value", title, "layer"
+    )
+
+
+def heat_map(load: LoadMap, last: bool) -> Chart:
+    """The load of each expert of a layer over time."""
+    begins = [0, *load.steps[:-1]]
+    rows = [
+        {"from": begin, "step": end, "expert": expert, "load": round(float(share), 3)}
+        for begin, end, shares in zip(begins, load.steps, load.load, strict=True)
+        for expert, share in enumerate(shares)
+    ]
+    experts = load.load.shape[1]
+    values = [0, experts - 1] if experts > 16 else list(range(experts))
+    encoding = {
+        "x": axis("from", "step" if last else None, scale={"nice": False, "zero": False}),
+        "x2": {"field": "step"},
+        "y": axis("expert", f"layer {load.layer}", "ordinal", axis={"values": values, "domain": False, "ticks": False}),
+        "color": {
+            "field": "load",
+            "type": "quantitative",
+            "scale": {"type": "threshold", "domain": STEPS, "range": HEAT},
+            "legend": None,
+        },
+    }
+    mark = {"type": "rect", "tooltip": {"content": "data"}, "stroke": None}
+    height = int(np.clip(11 * experts, 60, 260))
+    description = f"Load of the {experts} experts of layer {load.layer} over time, in even shares"
+    return chart(description, height, data={"values": rows}, mark=mark, encoding=encoding)
+
+
+def bias_chart(layers: Sequence[int], biases: Sequence[np.ndarray]) -> Chart:
+    rows = [
+        {"layer": layer, "expert": expert, "bias": round(float(value), 5)}
+        for layer, bias in zip(layers, biases, strict=True)
+        for expert, value in enumerate(bias)
+    ]
+    encoding = {
+        "x": axis("layer", "layer", "ordinal", axis={"labelAngle": 0}),
+        "y": axis("bias", "bias of each expert"),
+    }
+    mark = {"type": "tick", "color": LINES[0], "thickness": 2, "tooltip": {"content": "data"}}
+    return chart("The experts' biases by layer", 160, data={"values": rows}, mark=mark, encoding=encoding)
+
+
+def specialisation_chart(pages: Sequence[Mapping[str, Any]]) -> Chart:
+    names = list(pages[0]["specialisation"]) if pages else []
+    rows = [
+        {"layer": page["layer"], "told by": name, "share": share}
+        for page in pages
+        for name, share in page["specialisation"].items()
+    ]
+    encoding = {
+        "x": axis("layer", "layer", "ordinal", axis={"labelAngle": 0}),
+        "xOffset": {"field": "told by", "sort": names},
+        "y": axis("share", "share of the choice", axis={"format": "%"}),
+        "color": {
+            "field": "told by",
+            "type": "nominal",
+            "sort": names,
+            "scale": {"domain": names, "range": LINES[: len(names)]},
+            "legend": {"title": "told by the", "orient": "bottom"},
+        },
+    }
+    mark = {"type": "bar", "tooltip": {"content": "data"}}
+    return chart("What the choice of an expert follows", 180, data={"values": rows}, mark=mark, encoding=encoding)
+
+
+def similarity_chart(page: Mapping[str, Any]) -> Chart:
+    rows = [
+        {"expert": expert, "other": other, "cosine": value}
+        for expert, values in enumerate(page["similarity"])
+        for other, value in enumerate(values)
+    ]
+    experts = len(page["similarity"])
+    plain = {"domain": False, "ticks": False, "labelAngle": 0, "labelOverlap": True}
+    encoding = {
+        "x": axis("other", "expert", "ordinal", axis=plain),
+        "y": axis("expert", "expert", "ordinal", axis=plain),
+        "color": {
+            "field": "cosine",
+            "type": "quantitative",
+            "scale": {"type": "threshold", "domain": ALIKE, "range": HEAT},
+            "legend": None,
+        },
+    }
+    mark = {"type": "rect", "tooltip": {"content": "data"}}
+    description = f"How alike the outputs of the experts of layer {page['layer']} are"
+    return chart(description, int(np.clip(16 * experts, 120, 320)), data={"values": rows}, mark=mark, encoding=encoding)

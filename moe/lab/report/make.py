@@ -1,0 +1,221 @@
+"""From a run's folder to its report.html."""
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe.checkpoint import Run, RunFolder
+from moe.config import MoeError, SampleConfig
+from moe.corpus import Corpus, prepare
+from moe.corpus.streams import at_hand
+from moe.data import TokenStream
+from moe.experts import MoE
+from moe.lab.report import charts
+from moe.lab.report.atlas import Routed, atlas, enough_tokens, in_words, route
+from moe.lab.report.balance import SHOWN, expert_biases, load_maps, meaning
+from moe.lab.report.cost import Rate, cost_table, peak_of, usual_rate
+from moe.lab.report.history import History
+from moe.lab.report.page import (
+    assemble,
+    atlas_of,
+    cost_of,
+    facts,
+    figure,
+    heat_legend,
+    paragraph,
+    reading_of,
+    verdict_of,
+    words_of,
+)
+from moe.lab.report.reading import LONGEST, Text, read
+from moe.lab.report.reference import judge, reference_of
+from moe.machine.cost import count, readable
+from moe.machine.files import write_whole
+from moe.metrics import clock
+from moe.sampling import prompt_tokens, sample
+from moe.tokenizer import NoTokenizer
+
+WRITTEN = 250  # tokens of the sample
+QUOTED = 300  # of the validation split
+WINDOW = 1024  # the most positions at a time that the atlas reads
+
+
+def make_report(
+    folder: Path, run: Run, corpus: Corpus | None, given: Mapping[str, bytes] | None = None, rate: float | None = None
+) -> Path:
+    """Write report.html beside a run's metrics.jsonl. corpus: its text, where it is at hand. given: further texts to
+    colour, by name. rate: dollars that an hour of its machine costs. Raises MoeError."""
+    history, setup = History.read(folder / "metrics.jsonl"), json.loads((folder / "config.json").read_text("utf-8"))
+    layers = [block.layer for block in run.model.blocks() if isinstance(block.mlp, MoE)]
+    biases = expert_biases(run.model)
+    texts = [read(run, text) for text in texts_of(run, corpus, given or {})]
+    routed = text_for_atlas(run, corpus, given or {})
+    pages = atlas(run.model, run.tokenizer, routed) if routed is not None and routed.layers else []
+    drawn = curves(run, history) | balance(history, layers, biases)
+    if pages:
+        drawn["specialisation"] = charts.specialisation_chart(pages)
+    parts = {
+        "title": escape(folder.resolve().name),
+        "subtitle": escape(subtitle(run, history, setup)),
+        "facts": facts(key_figures(history)),
+        "curves": curves_part(run, history, setup["data"].get("text", ""), drawn),
+        "balance": balance_part(meaning(history, run.model.config, layers, biases), drawn),
+        "atlas": atlas_part(pages, routed, corpus is not None),
+        "reading": reading_of() if texts else paragraph("This model has no tokenizer, so it neither reads nor writes."),
+        "cost": cost_part(run, history, setup, rate),
+        "words": words_of(),
+        "setup": escape(json.dumps(setup, indent=1)),
+    }
+    for page in pages:
+        page["chart"] = charts.similarity_chart(page) if page["similarity"] else None
+        del page["similarity"]
+    data = {"charts": drawn, "atlas": pages, "texts": texts, "experts": run.model.config.n_routed_experts}
+    path = folder / "report.html"
+    write_whole(path, assemble(data, **parts).encode("utf-8", "replace"))
+    return path
+
+
+def text_at_hand(run: Run, folder: Path) -> Corpus | None:
+    """The text a run was trained on, where it can be opened without a network and is still the same."""
+    data = RunFolder(folder).read_setup()[2]
+    if not at_hand(run.config.data.source):
+        return None
+    try:
+        corpus = prepare(run.config.data, tokenizer=run.tokenizer if run.config.init_from else None)
+    except MoeError:
+        return None
+    return corpus if (corpus.hash, corpus.tokenizer.hash) == (data.get("text"), run.tokenizer.hash) else None
+
+
+# -- what is shown of a text -------------------------------------------------------------------------------------------
+
+
+def texts_of(run: Run, corpus: Corpus | None, given: Mapping[str, bytes]) -> list[Text]:
+    """Those that were given, what the model writes, and the beginning of the validation split."""
+    if isinstance(run.tokenizer, NoTokenizer):
+        return []
+    texts = [Text(name, run.tokenizer.prompt(data)[: LONGEST + 1]) for name, data in given.items()]
+    start = prompt_tokens(run, "")[0].tolist()
+    written = [token for _, token in sample(run, "", SampleConfig(), WRITTEN, seed=run.config.seed)]
+    texts.append(Text("a sample of this model", [*start, *written], made=len(written)))
+    if corpus is not None:
+        quoted = TokenStream(corpus, "val").read(0, QUOTED).tolist()
+        texts.append(Text("from the validation split", [*start, *quoted]))
+    return texts
+
+
+def text_for_atlas(run: Run, corpus: Corpus | None, given: Mapping[str, bytes]) -> Routed | None:
+    """The validation split, as far as it is needed; where it is not at hand, the texts that were given."""
+    most, window = enough_tokens(run.model), min(run.model.config.max_position_embeddings, WINDOW)
+    if corpus is not None:
+        ids = TokenStream(corpus, "val").read(0, most)
+    else:
+        ids = np.array(
+            [token for data in given.values() for token in run.tokenizer.prompt(data)][:most], dtype=np.int64
+        )
+    return route(run.model, ids, window) if len(ids) else None
+
+
+# -- the parts of the page ---------------------------------------------------------------------------------------------
+
+
+def subtitle(run: Run, history: History, setup: Mapping[str, Any]) -> str:
+    size = count(run.config.model, run.config.train.sequence_length)
+    parts = [
+        f"preset {run.config.preset}",
+        f"{readable(size.total)} parameters, {readable(size.active)} active for a token",
+    ]
+    if len(history):
+        last = history.last
+        parts.append(f"{last['step']:,} steps, {last['tokens']:,} tokens of {Path(run.config.data.source).name}")
+    return "; ".join([*parts, str(setup.get("hardware", ""))])
+
+
+def key_figures(history: History) -> dict[str, str]:
+    if not len(history):
+        return {}
+    last, shown = history.last, {}
+    evaluated = history.evaluated.records
+    if evaluated:
+        found = evaluated[-1]
+        shown["validation, nats per character"] = f"{found['val_nats_per_character']:.4f}"
+        shown["bits per byte"] = f"{found['val_bits_per_byte']:.4f}"
+        if found.get("val_max_vio") is not None:
+            shown["MaxVio on validation"] = f"{found['val_max_vio']:.2f}"
+            shown["dead experts"] = f"{found['val_dead_experts']}"
+    return shown | {"training time": clock(last["seconds"]), "steps": f"{last['step']:,}"}
+
+
+def curves(run: Run, history: History) -> dict[str, charts.Chart]:
+    if not len(history):
+        return {}
+    drawn = {"loss": charts.loss_chart(run.config, history, reference_of(run.config.preset))}
+    if history.has("balance_loss"):
+        about = "The balance loss of each step, unweighted"
+        drawn["balance-loss"] = charts.step_chart(history, "balance_loss", "balance loss", about)
+    drawn["rates"] = charts.rate_chart(run.config, history)
+    drawn["norms"] = charts.step_chart(history, "grad_norm", "gradient norm", "The norm of all gradients of each step")
+    return drawn
+
+
+def curves_part(run: Run, history: History, text: str, drawn: Mapping[str, charts.Chart]) -> str:
+    verdict = verdict_of(judge(run.config, history, reference_of(run.config.preset), text))
+    if "loss" not in drawn:
+        return verdict
+    small = {"balance-loss": "Balance loss", "rates": "Learning rates", "norms": "Gradient norm"}
+    row = "".join(figure(name, label=label) for name, label in small.items() if name in drawn)
+    return f'{verdict}{figure("loss")}<div class="row">{row}</div>'
+
+
+def balance(history: History, layers: Sequence[int], biases: Sequence[np.ndarray]) -> dict[str, charts.Chart]:
+    drawn: dict[str, charts.Chart] = {}
+    if len(history.detailed):
+        maps = load_maps(history, layers)
+        drawn |= {f"load-{load.layer}": charts.heat_map(load, load is maps[-1]) for load in maps}
+        for name, title in (("max_vio", "MaxVio"), ("entropy", "entropy"), ("dead_experts", "dead experts")):
+            drawn[name] = charts.layer_chart(history, name, title, layers)
+    if any(bias.any() for bias in biases):
+        drawn["bias"] = charts.bias_chart(layers, biases)
+    return drawn
+
+
+def balance_part(sentences: Sequence[str], drawn: Mapping[str, charts.Chart]) -> str:
+    maps = [name for name in drawn if name.startswith("load-")]
+    html = paragraph(" ".join(sentences))
+    if maps:
+        some = f" of {SHOWN} layers" if len(maps) == SHOWN else ""
+        html += f"<h3>The load of each expert over time{some}</h3>{heat_legend()}{''.join(map(figure, maps))}"
+    labels = {
+        "max_vio": "MaxVio",
+        "entropy": "Entropy of the load",
+        "dead_experts": "Dead experts",
+        "bias": "Bias at the end",
+    }
+    row = "".join(figure(name, label=label) for name, label in labels.items() if name in drawn)
+    return f'{html}<div class="row">{row}</div>'
+
+
+def atlas_part(pages: Sequence[Mapping[str, Any]], routed: Routed | None, held_out: bool) -> str:
+    if routed is None:
+        return paragraph("The run's text is not at hand: give one with --text FILE to see who goes where.")
+    if not pages:
+        return paragraph("This model has no experts.")
+    where = "the validation split" if held_out else "the text that was given"
+    about = (
+        f"From {len(routed.ids):,} tokens of {where}; with each token its lift, with each expert its share of the work."
+    )
+    return atlas_of(in_words(pages), about, pages[0]["similarity"] is not None)
+
+
+def cost_part(run: Run, history: History, setup: Mapping[str, Any], dollars: float | None) -> str:
+    if not len(history):
+        return paragraph("This model was not trained here.")
+    runtime = setup["runtime"]
+    rate = usual_rate(runtime["device"], runtime["threads"])
+    if dollars is not None:
+        rate = Rate(dollars, f"${dollars:g} an hour, as given")
+    return cost_of(cost_table(run.config, history.last, rate, peak_of(setup)))
