@@ -1,9 +1,9 @@
 """Is my curve right? The curves of the presets that run on a laptop, three seeds each, and how a run compares.
 
 A reference is a small CSV file, two dozen rows for each seed: means over the steps since the row before and, where they
-ended with one, the evaluation. A run is within the band where it lies no further from the mean of the seeds than
-three standard deviations, pooled over all rows, or half a percent where that is more. `about.json` beside them says what
-they were made with.
+ended with one, the evaluation. A run is within the band where it lies no further from the mean of the seeds than three
+standard deviations, pooled over all rows, or half a percent where that is more. `about.json` beside them says what they
+were made with.
 """
 
 import csv
