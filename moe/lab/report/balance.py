@@ -14,6 +14,7 @@ from moe.model import Transformer
 
 CELLS = 24_000  # of all heat maps together
 SHOWN = 8  # layers that get a heat map
+EVENNESS = ((0.25, "evenly"), (0.5, "fairly evenly"), (1.0, "unevenly"), (np.inf, "very unevenly"))  # MaxVio below
 SETTLED = 0.5  # a MaxVio from which on the work counts as shared evenly enough
 
 
@@ -84,7 +85,7 @@ def first_and_last(history: History, layers: Sequence[int]) -> str:
     vio = history["max_vio"]
     tail = vio[-max(len(vio) // 10, 1) :]
     last = float(np.nanmean(tail)) if not np.isnan(tail).all() else 0.0
-    words = "even" if last < 0.25 else "fairly even" if last < SETTLED else "uneven" if last < 1 else "very uneven"
+    words = next(word for most, word in EVENNESS if last < most)
     begin = float(vio[0]) if not np.isnan(vio[0]) else last
     worst = ""
     if history.loads.size and len(layers) > 1:

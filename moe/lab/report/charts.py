@@ -18,7 +18,8 @@ Chart = dict[str, Any]
 STEPS = [0.25, 0.5, 0.75, 0.9, 1.1, 1.35, 1.75, 2.5]  # of a load in even shares: borders between the colours
 HEAT = [f"var(--heat{number})" for number in range(len(STEPS) + 1)]
 LINES = [f"var(--line{number})" for number in range(8)]
-ALIKE = [-0.2, -0.05, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95]  # borders of a cosine's colours
+ALIKE = [-0.6, -0.35, -0.2, -0.08, 0.08, 0.2, 0.45, 0.8]  # borders of a cosine's colours
+MOMENTS = 150  # of a curve that is drawn for each layer
 X = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
 Y = {"nats_per_character": "nats per character", "bits_per_byte": "bits per byte"}
 
@@ -81,7 +82,9 @@ def band_layer(
     config: RunConfig, reference: Reference, name: str, label: str, ratio: float, color: Mapping[str, Any]
 ) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
-    for step, row in reference.band(name).items():
+    back = reference.stride / 2 if name.startswith("train") else 0  # to the middle of the steps that a mean is of
+    for end, row in reference.band(name).items():
+        step = end - back
         shared: dict[str, Any] = {
             "step": step,
             "tokens": step * config.train.tokens_per_step,
@@ -127,7 +130,10 @@ def rate_chart(config: RunConfig, history: History) -> Chart:
     return lines_chart("Learning rates over the steps", rows, "rate", "learning rate", "of")
 
 
-def lines_chart(description: str, rows: Sequence[Mapping[str, Any]], field: str, title: str, of: str) -> Chart:
+def lines_chart(
+    description: str, rows: Sequence[Mapping[str, Any]], field: str, title: str, of: str, most: float | None = None
+) -> Chart:
+    """most: the end of the axis that begins at 0; without it the axis is as long as the values need."""
     names = list(dict.fromkeys(row[of] for row in rows))
     color = {
         "field": of,
@@ -136,7 +142,8 @@ def lines_chart(description: str, rows: Sequence[Mapping[str, Any]], field: str,
         "scale": {"domain": names, "range": [LINES[place % len(LINES)] for place in range(len(names))]},
         "legend": {"orient": "bottom", "columns": 8},
     }
-    encoding = {"x": axis("step", "step"), "y": axis(field, title, scale={"domainMin": 0}), "color": color}
+    scale = {"zero": False} if most is None else {"domain": [0, most]}
+    encoding = {"x": axis("step", "step"), "y": axis(field, title, scale=scale), "color": color}
     mark = {"type": "line", "strokeWidth": 1.4, "point": len(rows) < 60, "tooltip": {"content": "data"}}
     return chart(description, 160, data={"values": list(rows)}, mark=mark, encoding=encoding)
 
@@ -144,15 +151,17 @@ def lines_chart(description: str, rows: Sequence[Mapping[str, Any]], field: str,
 def layer_chart(history: History, name: str, title: str, layers: Sequence[int]) -> Chart:
     """A curve for each layer; of many layers, for eight of them."""
     rows = layer_curves(history, name, layers)
-    names = sorted({row["layer"] for row in rows})
-    kept = {names[place] for place in np.linspace(0, len(names) - 1, min(len(LINES), len(names))).round().astype(int)}
-    rows = [row for row in rows if row["layer"] in kept]
-    stride = max(len(rows) // 1200, 1)
-    moments = {row["step"] for row in rows}
-    chosen = set(sorted(moments)[::stride]) | {max(moments, default=0)}
-    return lines_chart(
-        f"{title} of each layer", [row for row in rows if row["step"] in chosen], "value", title, "layer"
-    )
+    most = max((row["value"] for row in rows), default=0.0)
+    end = None if name == "entropy" else max(most, 1.0 if name == "dead_experts" else 0.1)
+    rows = some_of(some_of(rows, "layer", len(LINES)), "step", MOMENTS)
+    return lines_chart(f"{title} of each layer", rows, "value", title, "layer", end)
+
+
+def some_of(rows: Sequence[dict[str, float]], name: str, most: int) -> list[dict[str, float]]:
+    """The rows with some values of a field, spread evenly, where it has more than so many."""
+    values = sorted({row[name] for row in rows})
+    kept = {values[place] for place in np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int)}
+    return [row for row in rows if row[name] in kept]
 
 
 def heat_map(load: LoadMap, last: bool) -> Chart:

@@ -25,7 +25,7 @@ class Rate:
 def usual_rate(device: str, threads: int) -> Rate:
     if device == "cuda":
         return Rate(GPU_HOUR, f"${GPU_HOUR:.2f} an hour of the GPU, DeepSeek's rate")
-    return Rate(CORE_HOUR * threads, f"${CORE_HOUR:.2f} an hour for each of {threads} cores, as they are rented out")
+    return Rate(CORE_HOUR * threads, f"${CORE_HOUR:.2f} an hour and core ({threads} of them), as cores are rented out")
 
 
 @dataclass(frozen=True)

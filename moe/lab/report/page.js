@@ -9,15 +9,16 @@ const make = (name, text, attributes = {}) => {
   return element;
 };
 const percent = (share) => (share >= 0.1 ? (100 * share).toFixed(0) : (100 * share).toPrecision(2)) + " %";
+const lines = (text) => text.replaceAll("\n", " ⏎ ");
 const visible = (piece) => piece.replaceAll(" ", "·").replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll("\r", "␍");
 
 // -- charts ---------------------------------------------------------------------------------------------------------
 const axes = { domainColor: "var(--rule)", tickColor: "var(--rule)", gridColor: "var(--rule)", gridOpacity: 0.6,
   labelColor: "var(--soft)", titleColor: "var(--soft)", titleFontWeight: "normal", labelLimit: 120 };
 const look = { background: "transparent", font: "system-ui, sans-serif", axis: axes, view: { stroke: null },
-  legend: { labelColor: "var(--ink)", titleColor: "var(--soft)", titleFontWeight: "normal", labelLimit: 260 } };
+  legend: { symbolOpacity: 1, labelColor: "var(--ink)", titleColor: "var(--soft)", titleFontWeight: "normal", labelLimit: 260 } };
 
-const filled = (spec, chosen) => JSON.parse(JSON.stringify(spec), (_, value) =>
+const filled = (spec, chosen) => !chosen.x ? structuredClone(spec) : JSON.parse(JSON.stringify(spec), (_, value) =>
   typeof value === "string" ? value.replace("@xtitle", chosen.xtitle).replace("@ytitle", chosen.ytitle)
     .replace("@x", chosen.x).replace("@y", chosen.y) : value);
 
@@ -81,7 +82,7 @@ function page(entry) {
     card.append(pieces);
     for (const example of expert.examples) {
       const line = make("p", null, { class: "example" });
-      line.append(`…${visible(example.before)}`, make("mark", visible(example.token)), `${visible(example.after)}…`);
+      line.append(`…${lines(example.before)}`, make("mark", visible(example.token)), `${lines(example.after)}…`);
       card.append(line);
     }
     return card;
@@ -143,7 +144,7 @@ if (box) {
     return made;
   };
   const tell = () => {
-    if (selected < 0) return detail.replaceChildren(make("p", "Point at a token, or come here with Tab and use the arrow keys.", { class: "soft" }));
+    if (selected < 0) return detail.replaceChildren(make("p", "Point at a token, or go to the text with Tab and use the arrow keys.", { class: "soft" }));
     const side = make("div", null, { class: "side" }), title = make("p");
     title.append("token ", make("span", visible(text.pieces[selected]), { class: "piece" }));
     const chance = text.chances[selected];

@@ -95,7 +95,7 @@ def heat_legend(words: Sequence[tuple[str, str]] = LEGEND, title: str = "an expe
 
 
 def atlas_of(sentence: str, about: str, alike: bool) -> str:
-    legend = (("2", "opposed"), ("4", "unrelated"), ("6", "alike"), ("8", "the same"))
+    legend = (("1", "opposed"), ("4", "unrelated"), ("6", "alike"), ("8", "the same"))
     hidden = "" if alike else " hidden"
     return f"""{paragraph(sentence)}{figure("specialisation")}
 <label for="atlas-layer">layer</label> <select id="atlas-layer"></select>

@@ -9,13 +9,12 @@ import numpy as np
 from moe.tokenizer import Tokenizer
 
 AROUND = 12  # tokens of context on each side
-SPECIAL = "⟨special⟩"  # a token without text
 
 
 def piece_of(tokenizer: Tokenizer, token: int) -> str:
     """A token by itself; bytes that are no text alone as \\xe2."""
     data = tokenizer.token_bytes(token)
-    return data.decode("utf-8", "backslashreplace") if data else SPECIAL
+    return data.decode("utf-8", "backslashreplace") if data else special(tokenizer, token)
 
 
 def pieces_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
@@ -26,8 +25,13 @@ def pieces_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     for token in ids:
         data = tokenizer.token_bytes(token)
         piece = decoder.decode(data)
-        pieces.append(piece or (data.decode("utf-8", "backslashreplace") if data else SPECIAL))
+        pieces.append(piece or piece_of(tokenizer, token))
     return pieces
+
+
+def special(tokenizer: Tokenizer, token: int) -> str:
+    """A token without text, by its name."""
+    return "⟨end of text⟩" if token == tokenizer.end_of_text else f"⟨{token}⟩"
 
 
 def context_of(tokenizer: Tokenizer, ids: np.ndarray, place: int) -> dict[str, Any]:
