@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.data import separate_windows
 from moe.experts import MoE, swiglu
 from moe.lab.report.words import context_of, piece_of
-from moe.lab.trace import hooked, trace
+from moe.lab.score import batch_size
+from moe.lab.trace import hooked, moe_layer_numbers, recorded_routing
 from moe.layers import evaluating
 from moe.machine.cost import count
 from moe.model import Transformer
@@ -53,9 +55,18 @@ def enough_tokens(model: Transformer) -> int:
 
 
 def route(model: Transformer, ids: np.ndarray, window: int) -> Routed:
-    traces = [trace(model, ids[start : start + window].tolist(), 0) for start in range(0, len(ids), window)]
-    chosen, gates = (torch.cat([getattr(part, name) for part in traces], 1).numpy() for name in ("chosen", "gates"))
-    return Routed(ids, np.arange(len(ids)) % window, traces[0].layers, chosen, gates)
+    """Of a model with experts; all but the last of the ids, two at least."""
+    device, found = model.embed_tokens.weight.device, []
+    batches = separate_windows(
+        lambda start, number: ids[start : start + number], len(ids), window, batch_size(model, window)
+    )
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False), evaluating(model):
+        for tokens, _ in batches:
+            with recorded_routing(model) as routing:
+                model.hidden_states(tokens.to(device))
+            found.append([torch.stack(parts) for parts in map(list, zip(*routing, strict=True))][:2])
+    chosen, gates = (torch.cat(parts, 1).numpy() for parts in zip(*found, strict=True))
+    return Routed(ids[:-1], np.arange(len(ids) - 1) % window, moe_layer_numbers(model), chosen, gates)
 
 
 def atlas(model: Transformer, tokenizer: Tokenizer, routed: Routed) -> list[dict[str, Any]]:

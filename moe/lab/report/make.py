@@ -54,7 +54,7 @@ def make_report(
     biases = expert_biases(run.model)
     texts = [read(run, text) for text in texts_of(run, corpus, given or {})]
     routed = text_for_atlas(run, corpus, given or {})
-    pages = atlas(run.model, run.tokenizer, routed) if routed is not None and routed.layers else []
+    pages = atlas(run.model, run.tokenizer, routed) if routed is not None else []
     drawn = curves(run, history) | balance(history, layers, biases)
     if pages:
         drawn["specialisation"] = charts.specialisation_chart(pages)
@@ -64,7 +64,7 @@ def make_report(
         "facts": facts(key_figures(history)),
         "curves": curves_part(run, history, setup["data"].get("text", ""), drawn),
         "balance": balance_part(meaning(history, run.model.config, layers, biases), drawn),
-        "atlas": atlas_part(pages, routed, corpus is not None),
+        "atlas": atlas_part(run, pages, routed, corpus is not None),
         "reading": reading_of() if texts else paragraph("This model has no tokenizer, so it neither reads nor writes."),
         "cost": cost_part(run, history, setup, rate),
         "words": words_of(),
@@ -109,7 +109,10 @@ def texts_of(run: Run, corpus: Corpus | None, given: Mapping[str, bytes]) -> lis
 
 
 def text_for_atlas(run: Run, corpus: Corpus | None, given: Mapping[str, bytes]) -> Routed | None:
-    """The validation split, as far as it is needed; where it is not at hand, the texts that were given."""
+    """The validation split, as far as it is needed; where it is not at hand, the texts that were given. None without
+    experts or text."""
+    if not run.model.config.num_moe_layers:
+        return None
     most, window = enough_tokens(run.model), min(run.model.config.max_position_embeddings, WINDOW)
     if corpus is not None:
         ids = TokenStream(corpus, "val").read(0, most)
@@ -117,7 +120,7 @@ def text_for_atlas(run: Run, corpus: Corpus | None, given: Mapping[str, bytes]) 
         ids = np.array(
             [token for data in given.values() for token in run.tokenizer.prompt(data)][:most], dtype=np.int64
         )
-    return route(run.model, ids, window) if len(ids) else None
+    return route(run.model, ids, window) if len(ids) > 1 else None
 
 
 # -- the parts of the page ---------------------------------------------------------------------------------------------
@@ -199,11 +202,11 @@ def balance_part(sentences: Sequence[str], drawn: Mapping[str, charts.Chart]) ->
     return f'{html}<div class="row">{row}</div>'
 
 
-def atlas_part(pages: Sequence[Mapping[str, Any]], routed: Routed | None, held_out: bool) -> str:
+def atlas_part(run: Run, pages: Sequence[Mapping[str, Any]], routed: Routed | None, held_out: bool) -> str:
+    if not run.model.config.num_moe_layers:
+        return paragraph("This model has no experts.")
     if routed is None:
         return paragraph("The run's text is not at hand: give one with --text FILE to see who goes where.")
-    if not pages:
-        return paragraph("This model has no experts.")
     where = "the validation split" if held_out else "the text that was given"
     about = (
         f"From {len(routed.ids):,} tokens of {where}; with each token its lift, with each expert its share of the work."

@@ -24,6 +24,8 @@ const filled = (spec, chosen) => !chosen.x ? structuredClone(spec) : JSON.parse(
 
 async function draw(place, chart, chosen = {}) {
   const spec = filled(chart.spec, chosen);
+  if (spec.layer && chosen.x) // a reference run has no seconds: they are those of another machine
+    spec.layer = spec.layer.filter((layer) => layer.data.values.some((row) => row[chosen.x] !== null));
   if (narrow() && chart.choices) spec.height = 240;
   const config = narrow() ? { ...look, legend: { ...look.legend, columns: 2 }, axis: { ...axes, tickCount: 5 } } : look;
   await window.vegaEmbed(place, spec, { mode: "vega-lite", renderer: "svg", actions: false, config });
