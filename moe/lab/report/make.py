@@ -31,7 +31,7 @@ from moe.lab.report.page import (
     verdict_of,
     words_of,
 )
-from moe.lab.report.reading import LONGEST, Text, read
+from moe.lab.report.reading import Text, read
 from moe.lab.report.reference import judge, reference_of
 from moe.machine.cost import count, readable
 from moe.machine.files import write_whole
@@ -98,7 +98,7 @@ def texts_of(run: Run, corpus: Corpus | None, given: Mapping[str, bytes]) -> lis
     """Those that were given, what the model writes, and the beginning of the validation split."""
     if isinstance(run.tokenizer, NoTokenizer):
         return []
-    texts = [Text(name, run.tokenizer.prompt(data)[: LONGEST + 1]) for name, data in given.items()]
+    texts = [Text(name, run.tokenizer.prompt(data)) for name, data in given.items()]
     start = prompt_tokens(run, "")[0].tolist()
     written = [token for _, token in sample(run, "", SampleConfig(), WRITTEN, seed=run.config.seed)]
     texts.append(Text("a sample of this model", [*start, *written], made=len(written)))

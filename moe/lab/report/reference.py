@@ -146,6 +146,8 @@ def write_reference(folders: Sequence[Path]) -> Path:
     for folder, (config, _, data) in opened:
         if changed := differences(config, config_of(preset)):
             raise MoeError(f"{folder.path} is no reference run of {preset}: {', '.join(changed)}")
+        if not (history := History.read(folder.metrics)).records or history.last["step"] != config.steps:
+            raise MoeError(f"{folder.path} has not come to its end")
         if data.get("text") != text:
             raise MoeError(f"{folder.path} was trained on another text than {folders[0]}")
     path = Path(__file__).parent.parent / "reference" / f"{preset}.csv"
