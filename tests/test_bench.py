@@ -14,6 +14,7 @@ from moe.lab.bench import BenchError, Row, alternate, geometric_mean, medians, r
 from moe.lab.bench_decode import Text, experts_touched, step_bytes
 from moe.lab.bench_layer import CELLS, FINE, Cell, LayerBench
 from moe.lab.bench_step import StepBench
+from moe.machine.peak import Peak
 from moe.presets import presets
 
 TINY = Cell(64, 16, 4, 2)
@@ -111,7 +112,7 @@ def test_a_step_trains_as_train_py_does_and_tells_its_speed(capsys, monkeypatch)
     debug = presets()["debug"]
     monkeypatch.setattr(bench_step, "presets", lambda: {"debug": debug, "other": replaced(debug)})
     arguments = ("--preset", "debug", "--against", "other", "--rounds", "1", "--device", "cpu", "--dtype", "float32")
-    monkeypatch.setattr(bench_step, "peak_flops", lambda runtime: 1e12)
+    monkeypatch.setattr(bench_step, "peak_of", lambda device, dtype: Peak(1e12, "told"))
     (row,) = check_json(run_json(capsys, monkeypatch, "step", *arguments))
     speed = row["tokens_per_second"]["debug"]
     assert speed == pytest.approx(debug.train.tokens_per_step / row["medians"]["debug"])

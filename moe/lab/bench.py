@@ -18,6 +18,7 @@ import torch
 
 from moe.config import MoeError, require
 from moe.machine.device import processor
+from moe.machine.peak import settle
 from moe.machine.reproduce import versions
 
 Way = Callable[[], object]
@@ -62,12 +63,6 @@ def alternate(ways: Mapping[str, Way], rounds: int, seconds: float = 60.0, devic
 
 def check_rounds(rounds: int) -> None:
     require(rounds > 0, f"--rounds {rounds} must be greater than 0")
-
-
-def settle(device: str) -> None:
-    """Wait for what a GPU still has to do."""
-    if device != "cpu":
-        torch.accelerator.synchronize()
 
 
 def medians(times: Times) -> dict[str, float]:

@@ -20,8 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from moe.config import ModelConfig
 from moe.experts import MLP, MoE, choose_backend
-from moe.lab.bench import Row, alternate, check_rounds, geometric_mean, medians, present, ratio, settle
+from moe.lab.bench import Row, alternate, check_rounds, geometric_mean, medians, present, ratio
 from moe.machine.device import Dtype, resolve_device, reuse_memory
+from moe.machine.peak import settle
 
 LENGTH = 256  # tokens of a sequence
 PRODUCTS = ("mm", "linear", "gemm", "cutlass", "xmma", "nvjet")  # in the names of operations and kernels

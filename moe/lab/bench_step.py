@@ -18,11 +18,11 @@ from moe.lab.bench import BenchError, Row, alternate, check_rounds, medians, pre
 from moe.lab.studies import configure, dense_twin
 from moe.machine.cost import count
 from moe.machine.device import Runtime, resolve, reuse_memory, working_losses
+from moe.machine.peak import peak_of
 from moe.model import Losses, Transformer
 from moe.optim import Average, Optimizers, accumulate, mtp_weight
 from moe.presets import presets
 
-PEAKS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16, dense, by a part of the card's name
 PROGRESS = 0.2  # the part of the training that is over: past warm-up, before decay
 
 
@@ -91,7 +91,7 @@ def measure(configs: list[RunConfig], rounds: int) -> Iterator[Row]:
     trainers = {config.preset: build(config) for config in configs}
     runtime = trainers[first].runtime
     times = alternate({name: trainer.step for name, trainer in trainers.items()}, rounds, 120.0, runtime.device)
-    took, peak = medians(times), peak_flops(runtime)
+    took, peak = medians(times), peak_of(runtime.device, runtime.torch_dtype).flops
     speeds = {name: trainer.config.train.tokens_per_step / took[name] for name, trainer in trainers.items()}
     figures: dict[str, Any] = {
         "tokens_per_second": speeds,
@@ -149,18 +149,6 @@ def build(config: RunConfig) -> Trainer:
     step()
     memory = torch.cuda.max_memory_allocated() - before if runtime.device == "cuda" else 0
     return Trainer(config, runtime, step, memory)
-
-
-def peak_flops(runtime: Runtime) -> float:
-    """Operations a second at most: a known GPU's in bfloat16, or what one product of two large matrices reaches."""
-    if runtime.device == "cuda" and runtime.dtype == "bfloat16":
-        known = [peak for name, peak in PEAKS.items() if name in torch.cuda.get_device_name()]
-        if known:
-            return known[0]
-    side = 8192 if runtime.device == "cuda" else 2048
-    a = torch.randn(side, side, device=runtime.device, dtype=runtime.torch_dtype)
-    times = alternate({"product": lambda: a @ a}, 10, 10.0, runtime.device)["product"]
-    return 2 * side**3 / min(times)
 
 
 def cells(row: Row) -> dict[str, str]:
