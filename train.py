@@ -12,48 +12,38 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
 
 import moe
 from moe.checkpoint import Run, RunFolder, State, folder_of, open_run, read_state
-from moe.config import ConfigError, ModelConfig, MoeError, RunConfig, TrainConfig
-from moe.corpus import Corpus, prepare
+from moe.config import ConfigError, MoeError, RunConfig
+from moe.corpus import prepare
 from moe.data import Batches, TokenStream
 from moe.lab.pictures import draw_run
 from moe.lab.score import check_length, evaluate
 from moe.machine.command import out_of_memory
-from moe.machine.cost import activation_bytes, count, readable
-from moe.machine.device import DeviceError, resolve, resolve_device, reuse_memory, working_losses
+from moe.machine.device import resolve, reuse_memory, working_losses
+from moe.machine.display import Display, Eta, Pace
+from moe.machine.outcome import outcome
+from moe.machine.peak import peak_of
+from moe.machine.plan import Forecast, memory_warning, model_warnings, plan, preset_lines
 from moe.machine.reproduce import random_state, set_random_state
 from moe.machine.signals import Requests
+from moe.machine.start import begun, check_unchanged, default_folder, fit_vocabulary, is_to_be_resumed, starting_from
 from moe.machine.stored import MODEL, CheckpointError
-from moe.machine.weights import check_model, load_model, tensors_of
-from moe.metrics import (
-    CollapseAlarm,
-    Display,
-    Eta,
-    MetricsLog,
-    Wandb,
-    best_before,
-    clock,
-    load_record,
-    read_metrics,
-    routing_record,
-)
+from moe.machine.tracking import Wandb
+from moe.machine.weights import load_model, tensors_of
+from moe.metrics import CollapseAlarm, MetricsLog, load_record, routing_record
 from moe.model import Transformer
 from moe.optim import Average, Optimizers, accumulate, clip_gradients, gradient_norm, mtp_weight, not_finite
-from moe.presets import NOTES, ONCE, presets
+from moe.presets import presets
 from moe.tokenizer import Tokenizer
-
-WHAT_A_STEP_IS = {f"train.{name}" for name in ("tokens_per_step", "sequence_length", "short_until", "short_parts")}
-MAY_CHANGE = {"steps", "minutes", *(f"train.{item.name}" for item in fields(TrainConfig))} - WHAT_A_STEP_IS
-MAY_CHANGE |= {"data.source"}  # where the text lies; that it is the same is checked
 
 
 class TrainingError(MoeError):
@@ -71,6 +61,7 @@ class Session:
     wandb: Literal["off", "offline", "online"] = "off"
     plain: bool = False  # lines instead of a progress bar
     quiet: bool = False  # only what went wrong
+    plan: bool = False  # say what the training would take, by three steps of it that leave nothing behind, and stop
     list_presets: bool = False  # print the presets and stop
 
 
@@ -107,126 +98,25 @@ def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
     return given.session, given.run, folder
 
 
-def check_unchanged(stored: RunConfig, config: RunConfig, folder: RunFolder) -> None:
-    changed = [name for name in differences(stored, config) if name not in MAY_CHANGE]
-    if changed:
-        raise CheckpointError(
-            f"{folder.path} began with another {', '.join(changed)}: continue it as it began, or choose another --out"
-        )
-
-
 def dashed(argument: str) -> str:
     """--init_from=a_b is --init-from=a_b."""
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
 
-def starting_from(model: ModelConfig, base: RunConfig) -> RunConfig:
-    """The preset with another model, its windows whole and no longer than that one's context, its decay that of a text
-    read once: what has been learnt should stay."""
-    train, window = base.train, min(base.train.sequence_length, model.max_position_embeddings)
-    whole = max(train.tokens_per_step // window, 1) * window
-    train = replace(train, sequence_length=window, tokens_per_step=whole, short_until=0.0)
-    return replace(base, model=model, train=train, optim=replace(base.optim, muon_weight_decay=ONCE.muon_weight_decay))
-
-
-def default_folder(preset: str, new: bool) -> RunFolder:
-    """The first of out/PRESET, out/PRESET-2, ... that is not in use yet; or, to continue, the last that is."""
-    number = 1
-    while holds_files(path_of(preset, number)):
-        number += 1
-    return RunFolder(path_of(preset, number if new else max(number - 1, 1)))
-
-
-def path_of(preset: str, number: int) -> Path:
-    return Path("out") / (preset if number == 1 else f"{preset}-{number}")
-
-
-def holds_files(folder: Path) -> bool:
-    """More than the hidden files of a start that came to nothing."""
-    return folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir())
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """The dotted names of the fields in which two configurations differ."""
-    found = []
-    for item in fields(old):
-        a, b = getattr(old, item.name), getattr(new, item.name)
-        found += differences(a, b, f"{prefix}{item.name}.") if is_dataclass(a) else [f"{prefix}{item.name}"] * (a != b)
-    return found
-
-
-def list_presets() -> None:
-    for name, config in presets().items():
-        model, train, note = config.sized_model, config.train, NOTES[name]
-        size = count(model, train.sequence_length)
-        memory = size.training_bytes + activation_bytes(model, 1, train.sequence_length, train.activation_checkpointing)
-        length = f"{config.minutes:g} minutes" if config.minutes else f"{config.steps:,} steps"
-        print(f"{name:8} {readable(size.total)} parameters, {readable(size.active)} active for a token")
-        print(f"{'':8} {length}, {train.tokens_per_step:,} tokens a step, on {config.data.source}")
-        print(f"{'':8} {readable(memory, giga='G')}B of memory or more: {note.machine}")
-        print(f"{'':8} {note.reached}")
-
-
-def fit_vocabulary(config: RunConfig, needed: int) -> RunConfig:
-    """The model's vocabulary from the tokenizer's, rounded up as matrix products like it."""
-    given, multiple = config.model.vocab_size, 64 if needed > 1024 else 8
-    if 0 < given < needed:
-        raise ConfigError(
-            f"model.vocab_size = {given} is less than the tokenizer's {needed}: leave it at 0 to follow the tokenizer"
-        )
-    return replace(config, model=replace(config.model, vocab_size=given or -(-needed // multiple) * multiple))
-
-
-def announce(config: RunConfig, corpus: Corpus, decisions: dict[str, str], display: Display, folder: Path) -> None:
-    size, model = count(config.model, config.train.sequence_length), config.model
-    length = f"{config.minutes:g} minutes" if config.minutes else f"{config.steps:,} steps"
-    facts = {
-        "run": str(folder),
-        "text": f"{config.data.source}: {corpus.tokens('train'):,} tokens, vocabulary {corpus.tokenizer.vocab_size:,}",
-        "model": f"{readable(size.total)} parameters, {readable(size.active)} active for a token; "
-        f"{readable(size.training_flops)} FLOP to train on one",
-        "plan": f"{length} of {config.train.tokens_per_step:,} tokens",
-        **decisions,
-    }
-    for name, fact in facts.items():
-        display.say(f"{name:8} {fact}")
-    if model.router_learns_nothing:
-        display.warn(
-            "warning: with num_experts_per_tok = 1 and norm_topk_prob every gate is 1, so the router learns nothing "
-            "from the language-model loss: pass --model.no-norm-topk-prob, or choose 2 experts"
-        )
-    if model.num_moe_layers and not model.balanced:
-        display.warn("warning: load balancing is off, neither bias nor balance loss: expect experts to starve")
-
-
 def train(session: Session, config: RunConfig, folder: RunFolder, display: Display, requests: Requests) -> None:
     # -- the run's folder, and how to compute --------------------------------------------------------------------------
-    folder.acquire()
-    resuming = bool(folder.checkpoints())
-    if resuming and session.resume == "never":
-        raise CheckpointError(f"{folder.path} holds a run: continue it with --resume auto, or choose another --out")
-    if not resuming and session.resume == "must":
-        raise CheckpointError(f"--resume must: {folder.path} holds no complete checkpoint to continue from")
+    if not session.plan:  # which writes nothing
+        folder.acquire()
+    resuming, state = is_to_be_resumed(folder, session.resume), State()
     if resuming:
-        stored, runtime, setup = folder.read_setup()
-        check_unchanged(stored, config, folder)  # again: another process may have begun it meanwhile
-        check_model(folder.checkpoints()[-1] / MODEL, stored.model)
-        try:
-            resolve_device(runtime.device)
-        except DeviceError:
-            raise CheckpointError(
-                f"{folder.path} was begun on {runtime.device}, which this machine, or this build of PyTorch, has not: "
-                f"continue it there, or begin a new run from its weights with --init-from {folder.path}"
-            ) from None
-        reasons = dict.fromkeys(asdict(runtime), "as the run began")
-        if isinstance(asked := config.train.micro_batch_size, int) and asked != runtime.micro_batch_size:
-            runtime, reasons["micro_batch_size"] = replace(runtime, micro_batch_size=asked), "as asked"
+        stored, runtime, reasons, kept = begun(folder, config)
         state = read_state(folder.checkpoints()[-1])
         if state.progress(config) >= 1:
             return display.say(f"finished {folder.path} has made its {state.step:,} steps: nothing to do")
     else:
-        folder.clear()
+        if not session.plan:
+            folder.clear()
         runtime, reasons = resolve(config)
     torch.set_num_threads(runtime.threads)
     if config.deterministic:
@@ -243,11 +133,14 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     corpus = prepare(config.data, tokenizer=tokenizer, advance=display.advance)
     display.close()
     identity = {"text": corpus.hash, "tokenizer": corpus.tokenizer.hash}
-    if resuming and setup != identity:
+    if resuming and kept != identity:
         raise CheckpointError(f"{config.data.source} is not the text that {folder.path} began with: give that one back")
     config = fit_vocabulary(config, corpus.tokenizer.vocab_size)
     if not resuming:
         runtime, reasons = resolve(config)  # again: now the vocabulary is known
+    if (warning := memory_warning(config, runtime)) is not None:
+        display.warn(warning)
+    peak = peak_of(runtime.device, runtime.torch_dtype)  # before a model fills the memory
     training, validation, test = (TokenStream(corpus, split) for split in ("train", "val", "test"))
     check_length(validation, config.train.sequence_length)
     characters_per_token = corpus.characters("train") / corpus.tokens("train")
@@ -263,23 +156,33 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     model.to(runtime.device)
     optimizers = Optimizers(model, config.optim, runtime.torch_dtype)
     average = Average(model, config.optim.ema_decay)
-    planned = runtime
+    intended = runtime
     losses_of, runtime = working_losses(model, config, runtime, not resuming, display.warn)
-    for name in (name for name in reasons if getattr(runtime, name) != getattr(planned, name)):
+    for name in (name for name in reasons if getattr(runtime, name) != getattr(intended, name)):
         reasons[name] = "found by trying"
-    state = folder.restore(model, optimizers, average) if resuming else State()
+    if resuming:
+        state = folder.restore(model, optimizers, average)
     window, micro_batches = config.train.sequence_length, config.train.sequences_per_step // runtime.micro_batch_size
     batches = Batches(training, runtime.micro_batch_size, window, config.seed, state.cursor)
-    announce(config, corpus, runtime.describe(reasons), display, folder.path)
-    if not resuming or config != stored or runtime != planned:
-        folder.write_setup(config, runtime, corpus.tokenizer, identity)
-    log = MetricsLog(folder.metrics, keep_steps=state.step)
+
+    # -- what is planned, and where it is written down -----------------------------------------------------------------
+    planned = {"run": str(folder.path), **plan(config, runtime, reasons, corpus, peak)}
+    for name, fact in planned.items():
+        display.say(f"{name:8} {fact}")
+    for warning in model_warnings(config):
+        display.warn(warning)
+    forecast, eta = Forecast(config, len(training)), Eta(state.progress(config))
     alarm = CollapseAlarm(config.model.num_experts_per_tok, state.balance)
-    wandb = Wandb(session.wandb, folder.path, asdict(config), display.warn)
+    lowest = {tokens: loss for tokens, (loss, _) in folder.best().items()}
+    if not session.plan:
+        if not resuming or config != stored or runtime != intended:
+            folder.write_setup(config, runtime, corpus.tokenizer, identity, peak.flops)
+        log = MetricsLog(folder.metrics, keep_steps=state.step)
+        settings = asdict(config) | {"runtime": asdict(runtime), "peak_flops": peak.flops}
+        wandb = Wandb(session.wandb, folder.path, settings, display.say, display.warn, resuming, session.quiet)
+        display.start(folder.path.name)
     if resuming:
         set_random_state(state.rng)
-    display.start(folder.path.name)
-    eta, lowest = Eta(state.progress(config)), {tokens: loss for tokens, (loss, _) in folder.best().items()}
     requests.listen()
     model.train()
 
@@ -312,7 +215,13 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
             state, step=state.step + 1, tokens=tokens, seconds=seconds, skipped=skipped, val_loss=None, val_tokens=0
         )
 
-        done = state.progress(config) >= 1
+        done, speed = state.progress(config) >= 1, config.train.tokens_per_step / took
+        if (expected := forecast.step(took, parts, state)) is not None:
+            display.say(f"time     {expected}")
+        if session.plan:
+            if expected is None and not requests.end:
+                continue
+            return display.say("next     the same without --plan: of this nothing is kept")
         record = {
             "step": state.step,
             "tokens": state.tokens,
@@ -340,8 +249,11 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
                 display.warn(f"step {state.step}: the validation loss is {price}")
             began = time.perf_counter()  # the training clock counts all but evaluation and saving
         log.write(record)
-        wandb.log(record)
-        display.step(record, state.progress(config), config.train.tokens_per_step / took, eta(state.progress(config)))
+        pace = Pace(
+            state.progress(config), speed, forecast.flops[parts] / took / peak.flops, eta(state.progress(config))
+        )
+        wandb.log(record, {"tokens_per_second": speed, "utilisation": pace.utilisation})
+        display.step(record, pace, load)
         if not skipped and (warning := alarm.check(load)) is not None:
             display.warn(warning)
         folder.saved(patient=False)
@@ -366,30 +278,19 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         if ending:
             break
     folder.saved()
-    wandb.close()
     display.close()
 
     # -- what came of it -----------------------------------------------------------------------------------------------
     if not done:
+        wandb.close()
         again = f"python train.py --out {folder.path} --resume auto"
         return display.say(f"\nstopped and saved after step {state.step:,}; go on with: {again}")
-    checkpoint = folder.checkpoints()[-1]
-    display.say(f"\ntrained  {state.step:,} steps in {clock(state.seconds)}; checkpoint {checkpoint}")
-    for label, split, name in (("result", "val", "validation"), ("test", "test", "test")):
-        if f"{split}_loss" in record:
-            figures = [record[f"{split}_{figure}"] for figure in ("nats_per_character", "bits_per_byte", "loss")]
-            prices = "{:.4f} nats per character, {:.4f} bits per byte, {:.4f} nats per token".format(*figures)
-            display.say(f"{label:8} {prices} on the whole {name} split")
-    if (earlier := best_before(read_metrics(folder.metrics))) is not None:
-        kept = folder.best().get(earlier["val_tokens"], (0, folder.path))[1]
-        where = f", kept as {kept}" if kept.name == f"{earlier['step']:08d}" else ""
-        best = f"{earlier['val_nats_per_character']:.4f} at step {earlier['step']:,}{where}"
-        display.say(f"best     {best}; what followed made it worse: try fewer steps, or --model.hidden-dropout 0.2")
-    if val_load is not None:
-        balance = f"MaxVio {record['val_max_vio']:.2f} in the worst layer, {record['val_dead_experts']} dead experts"
-        display.say(f"balance  over the validation split: {balance}")
+    for line in outcome(folder, state, record):
+        display.say(line)
     display.say(f"picture  {draw_run(folder.path)}")
-    run = Run(model.eval(), corpus.tokenizer, config, checkpoint)
+    wandb.report(folder.path / "report.html")
+    wandb.close()
+    run = Run(model.eval(), corpus.tokenizer, config, folder.checkpoints()[-1])
     with average.applied():
         text = moe.generate_text(run, max_new_tokens=200, seed=config.seed)
     display.say(f"sample\n{text.strip()}\n")
@@ -404,7 +305,7 @@ def main(arguments: list[str]) -> int:
     try:
         session, config, folder = parse(arguments)
         if session.list_presets:
-            list_presets()
+            print("\n".join(preset_lines()))
             return 0
         display, requests = Display(session.plain, session.quiet, config.train.log_interval), Requests()
         try:

@@ -19,7 +19,7 @@ from moe.config import DataConfig, MoeError
 from moe.corpus import prepare
 from moe.corpus.sources import SPLITS
 from moe.corpus.streams import DATA_SETS
-from moe.metrics import Display
+from moe.machine.display import Display
 
 
 @dataclass(frozen=True)

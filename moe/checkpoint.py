@@ -141,7 +141,11 @@ class RunFolder:
         for name in names:
             (self.path / name).unlink(missing_ok=True)
 
-    def write_setup(self, config: RunConfig, runtime: Runtime, tokenizer: Tokenizer, data: dict[str, Any]) -> None:
+    def write_setup(
+        self, config: RunConfig, runtime: Runtime, tokenizer: Tokenizer, data: dict[str, Any], peak: float | None = None
+    ) -> None:
+        """peak: what the device could do at most, in operations a second, for those who want to know how much of it
+        was used."""
         facts = {
             "format": FORMAT,
             "config": to_dict(config),
@@ -149,6 +153,7 @@ class RunFolder:
             "data": data,
             "versions": versions(),
             "hardware": hardware(runtime),
+            "peak_flops": peak,
         }
         write_whole(self.setup, json.dumps(facts, indent=1).encode())
         write_whole(self.path / "tokenizer.json", json.dumps(tokenizer.to_json()).encode())

@@ -5,15 +5,10 @@ Notation: L MoE layers, E routed experts.
 
 import json
 import math
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from torch import Tensor
 
 from moe.config import MoeError
@@ -125,113 +120,3 @@ def best_before(records: list[Record]) -> Record | None:
     alike = [record for record in compared if record["val_tokens"] == compared[-1]["val_tokens"]]
     best = min(alike, key=lambda record: record["val_loss"], default=None)
     return best if best and alike[-1]["val_loss"] > 1.01 * best["val_loss"] else None
-
-
-class Display:
-    """A progress bar on a terminal, plain lines elsewhere, nothing when quiet."""
-
-    def __init__(self, plain: bool = False, quiet: bool = False, log_interval: int = 50) -> None:
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
-        self.live = self.console.is_terminal and not plain and not quiet
-        self.log_interval = log_interval
-        self.bar: Progress | None = None
-        self.task: TaskID | None = None
-        self.stage, self.spoke = "", 0.0
-        self.validation = ""
-
-    def say(self, message: str) -> None:
-        self.console.print(message, markup=False)
-
-    def warn(self, message: str) -> None:
-        """Never silenced; above the progress bar where there is one, otherwise on the error stream."""
-        if self.bar:
-            self.bar.console.print(message, style="bold yellow", markup=False)
-        else:
-            print(message, file=sys.stderr, flush=True)
-
-    def advance(self, stage: str, done: int, total: int) -> None:
-        """A long job before training: its stage, so far, of how much (0: unknown, then so far is in bytes). Plain lines
-        appear every 5 seconds only."""
-        if stage != self.stage:
-            self.start(stage, total or None)
-            self.stage, self.spoke = stage, time.monotonic()
-        line = f"{100 * done // total:>3} %" if total else f"{done / 1e6:,.0f} MB"
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=done, line=line)
-        elif time.monotonic() - self.spoke > 5:
-            self.spoke = time.monotonic()
-            self.say(f"{stage}: {line.strip()}")
-
-    def start(self, name: str, total: float | None = 1.0) -> None:
-        self.close()
-        if self.live:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[line]}"))
-            self.bar = Progress(*columns, console=self.console)
-            self.bar.start()
-            self.task = self.bar.add_task(name, total=total, line="")
-
-    def step(self, record: Record, progress: float, tokens_per_second: float, seconds_left: float) -> None:
-        if "val_loss" in record:
-            self.validation = f"  val {record['val_nats_per_character']:.3f}/char"
-        line = f"loss {record['loss']:.3f}{self.validation}"
-        if record["max_vio"] is not None:
-            line += f"  balance loss {record['balance_loss']:.3f}  MaxVio {record['max_vio']:.2f}"
-            line += f"  dead {record['dead_experts']}"
-        line += f"  {tokens_per_second:,.0f} tok/s  ETA {clock(seconds_left)}"
-        if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=progress, line=f"{100 * progress:>3.0f} %  {line}")
-        elif record["step"] % self.log_interval == 0 or "val_loss" in record:
-            self.say(f"step {record['step']:>5} {100 * progress:3.0f} %  {line}")
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-
-class Eta:
-    """Seconds left, evaluation and saving included, from how fast progress was since the start."""
-
-    def __init__(self, progress: float) -> None:
-        self.progress, self.began = progress, time.monotonic()
-
-    def __call__(self, progress: float) -> float:
-        made = progress - self.progress
-        return (time.monotonic() - self.began) / made * max(1 - progress, 0) if made > 0 else 0.0
-
-
-def clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-class Wandb:
-    """Weights & Biases, imported only when asked for. Whatever goes wrong there is told once and never ends a run."""
-
-    def __init__(self, mode: str, folder: Path, config: dict[str, Any], warn: Callable[[str], None]) -> None:
-        self.warn = warn
-        self.run: Any = None
-        if mode != "off":
-            self._attempt(lambda: self._start(mode, folder, config))
-
-    def _start(self, mode: str, folder: Path, config: dict[str, Any]) -> None:
-        import wandb
-
-        self.run = wandb.init(project="moe", name=folder.name, dir=str(folder), mode=mode, config=config)  # type: ignore[arg-type]
-
-    def log(self, record: Record) -> None:
-        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
-        if (run := self.run) is not None:
-            self._attempt(lambda: run.log(numbers, step=record["step"]))
-
-    def close(self) -> None:
-        if (run := self.run) is not None:
-            self._attempt(run.finish)
-
-    def _attempt(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except Exception as error:  # wandb throws errors of its own, of its network's and of its process's
-            self.run = None
-            self.warn(f"wandb is left out from here on ({type(error).__name__}: {error}); metrics.jsonl has everything")

@@ -28,7 +28,7 @@ from moe.corpus.shards import HEADER, CorpusError, open_corpus, read_header
 from moe.corpus.sources import Files, SourceError, Unreachable
 from moe.corpus.streams import DATA_SETS, DataSet
 from moe.data import Batches, Cursor, TokenStream, separate_windows
-from moe.metrics import Display
+from moe.machine.display import Display
 from moe.tokenizer import GPT2_PATTERN, PATTERN, BytePairs, bytes_tokenizer
 
 BYTES = {"tokenizer": "bytes"}
@@ -583,7 +583,7 @@ def test_progress_counts_to_a_total_where_there_is_one(tmp_path, in_small_pieces
 
 def test_the_display_counts_megabytes_where_no_total_is_known(capsys, monkeypatch):
     display, seconds = Display(plain=True), iter(range(0, 90, 3))
-    monkeypatch.setattr("moe.metrics.time.monotonic", lambda: next(seconds))
+    monkeypatch.setattr("moe.machine.display.time.monotonic", lambda: next(seconds))
     for done in range(0, 60_000_000, 10_000_000):
         display.advance("encoding", done, 0)
     for done in range(0, 60, 10):

@@ -105,7 +105,7 @@ def machine_bytes(device: str) -> int | None:
 
 def readable(number: float, giga: str = "B") -> str:
     """3 digits and a unit: 3.01M, 671B."""
-    for unit, letter in ((1e9, giga), (1e6, "M"), (1e3, "k")):
+    for unit, letter in ((1e12, "T"), (1e9, giga), (1e6, "M"), (1e3, "k")):
         if number >= unit:
             return f"{number / unit:.{max(0, 3 - len(str(int(number / unit))))}f}{letter}"
     return f"{number:.0f}"
