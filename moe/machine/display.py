@@ -45,6 +45,7 @@ class Display:
         self.stage, self.spoke = "", 0.0
         self.validation = ""
         self.layers: list[int] = []  # those that are shown
+        self.rows: list[str] = []  # their lines
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False)
@@ -87,18 +88,16 @@ class Display:
         done, left = f"{100 * pace.progress:3.0f} %", f"ETA {clock(pace.seconds_left)}"
         regular = record["step"] % self.log_interval == 0
         if self.bar is not None:
-            self.bar.show(pace.progress, f"{done}  step {record['step']}  {left}", (line, speed, *self.bars(load)))
+            self.rows = self.rows if load is None else self.bars(load)
+            self.bar.show(pace.progress, f"{done}  step {record['step']}  {left}", (line, speed, *self.rows))
         elif regular or "val_loss" in record:
             self.say(f"step {record['step']:>5} {done}  {line}  {speed}  {left}")
             if "val_loss" in record and load is not None:
                 self.say(load_line(load, self.levels))
 
-    def bars(self, load: Tensor | None) -> list[str]:
-        """A line for each MoE layer; of many layers, for the worst when the first step is shown, or a layer is worse
-        than all of these."""
-        if load is None:
-            return []
-        worst = int(max_violation(load).argmax())
+    def bars(self, load: Tensor) -> list[str]:
+        """A line for each MoE layer. Of many layers, for the worst: chosen anew only when the worst is none of them."""
+        (worst,) = worst_layers(load, 1)
         if worst not in self.layers:
             self.layers = worst_layers(load, MOST_LAYERS)
         few = f"  ({len(self.layers)} of {len(load)} MoE layers)" if len(load) > len(self.layers) else ""
@@ -197,5 +196,5 @@ def load_line(load: Tensor, levels: str) -> str:
 
 
 def worst_layers(load: Tensor, most: int) -> list[int]:
-    """In order."""
-    return sorted(max_violation(load).topk(min(most, len(load))).indices.tolist())
+    """So many by MaxVio, of equal ones the first, in order."""
+    return sorted(max_violation(load).argsort(descending=True, stable=True)[:most].tolist())
