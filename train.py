@@ -171,7 +171,7 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         display.say(f"{name:8} {fact}")
     for warning in model_warnings(config):
         display.warn(warning)
-    forecast, eta = Forecast(config, len(training)), Eta(state.progress(config))
+    forecast, eta = Forecast(config, len(training), runtime.device), Eta(state.progress(config))
     alarm = CollapseAlarm(config.model.num_experts_per_tok, state.balance)
     lowest = {tokens: loss for tokens, (loss, _) in folder.best().items()}
     if not session.plan:
@@ -216,12 +216,13 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         )
 
         done, speed = state.progress(config) >= 1, config.train.tokens_per_step / took
-        if (expected := forecast.step(took, parts, state)) is not None:
-            display.say(f"time     {expected}")
+        enough = forecast.step(took, parts) or done
+        if enough and (session.plan or not done):
+            display.say(f"time     {forecast.line(state)}")
         if session.plan:
-            if expected is None and not requests.end:
-                continue
-            return display.say("next     the same without --plan: of this nothing is kept")
+            if enough or requests.end:
+                return display.say("next     the same without --plan: of this nothing is kept")
+            continue
         record = {
             "step": state.step,
             "tokens": state.tokens,

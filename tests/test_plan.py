@@ -110,21 +110,20 @@ def test_of_a_model_that_will_not_learn_is_warned():
 
 
 def forecast(config: RunConfig, first: int, took: list[float]) -> str:
-    """After steps from this one that took so long; all but the last say nothing."""
-    made, state, said = Forecast(config, split=10_000), State(step=first, seconds=2.0 * first), None
-    for seconds in took:
-        assert said is None
+    """After steps from this one that took so long."""
+    made, state = Forecast(config, split=10_000), State(step=first, seconds=2.0 * first)
+    for number, seconds in enumerate(took, 1):
         parts = config.train.parts(state.progress(config))
         state = replace(state, step=state.step + 1, seconds=state.seconds + seconds)
-        said = made.step(seconds, parts, state)
-    assert said is not None
-    return said
+        assert made.step(seconds, parts) == (number == 3)
+    return made.line(state)
 
 
 def ratio() -> float:
-    """Of a whole window's operations to those of a quarter."""
-    whole, quarter = (count(CONFIG.model, length).training_flops for length in (128, 32))
-    return whole / quarter
+    """Of the work of a whole window to that of a quarter, where attention takes six times as long as its operations
+    say."""
+    whole, quarter = (count(CONFIG.model, length) for length in (128, 32))
+    return (whole.training_flops + 15 * whole.attention_flops) / (quarter.training_flops + 15 * quarter.attention_flops)
 
 
 def test_the_time_is_that_of_the_faster_measured_step_and_longer_for_longer_windows():
@@ -161,6 +160,12 @@ def test_a_training_of_fewer_steps_than_are_measured_is_told_as_well(steps):
     assert f"(step {steps} took 50 ms;" in said
 
 
+def test_on_a_gpu_time_is_as_operations_are():
+    made = Forecast(CONFIG, 1, "cuda")
+    assert made.work == made.flops
+    assert made.flops[4] == 1024 * count(CONFIG.model, 32).training_flops
+
+
 # -- a plan and a run --------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +197,13 @@ def test_a_plan_of_going_on_leaves_the_run_as_it_is(text, capsys):
     assert run_training("--out", "run", "--resume", "auto", "--steps", 30, "--plan") == 0
     assert "for the 7 steps that are left (the faster of steps 22 and 23" in capsys.readouterr().out
     assert contents() == before
+
+
+def test_the_time_is_told_once_in_a_run_and_not_when_nothing_is_left(text, capsys):
+    assert run_training("--out", "run", "--data", text, *SETTINGS) == 0
+    assert capsys.readouterr().out.count("\ntime ") == 1
+    assert run_training("--out", "run", "--resume", "auto", "--steps", 22) == 0
+    assert "\ntime " not in capsys.readouterr().out
 
 
 def test_planning_changes_nothing_of_what_a_run_becomes(text):
