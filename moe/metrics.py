@@ -120,3 +120,9 @@ def best_before(records: list[Record]) -> Record | None:
     alike = [record for record in compared if record["val_tokens"] == compared[-1]["val_tokens"]]
     best = min(alike, key=lambda record: record["val_loss"], default=None)
     return best if best and alike[-1]["val_loss"] > 1.01 * best["val_loss"] else None
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

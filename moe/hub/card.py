@@ -8,8 +8,7 @@ from moe.config import ModelConfig
 from moe.hub.families import Family
 from moe.hub.folder import HubError
 from moe.machine.cost import count, readable
-from moe.machine.display import clock
-from moe.metrics import read_metrics
+from moe.metrics import clock, read_metrics
 from moe.tokenizer import NoTokenizer, Tokenizer
 
 FIGURES = {"nats per character": "nats_per_character", "bits per byte": "bits_per_byte", "nats per token": "loss"}

@@ -16,6 +16,7 @@ from rich.table import Column
 from rich.text import Text
 from torch import Tensor
 
+from moe.metrics import clock
 from moe.router import dead_experts, max_violation
 
 BLOCKS, ASCII = " ▁▂▃▄▅▆▇█", " .:-=+*#@"  # nothing, and eight levels
@@ -143,12 +144,6 @@ class Eta:
     def __call__(self, progress: float) -> float:
         made = progress - self.progress
         return (time.monotonic() - self.began) / made * max(1 - progress, 0) if made > 0 else 0.0
-
-
-def clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def on_terminal(console: Console) -> bool:

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe.checkpoint import RunFolder, State
-from moe.machine.display import clock
-from moe.metrics import best_before, read_metrics
+from moe.metrics import best_before, clock, read_metrics
 
 
 def outcome(folder: RunFolder, state: State, record: dict[str, Any]) -> Iterator[str]:

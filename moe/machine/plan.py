@@ -9,8 +9,8 @@ from moe.config import RunConfig
 from moe.corpus import Corpus
 from moe.machine.cost import activation_bytes, count, machine_bytes, outline, readable
 from moe.machine.device import Runtime
-from moe.machine.display import clock
 from moe.machine.peak import Peak
+from moe.metrics import clock
 from moe.optim import sort_parameters
 from moe.presets import NOTES, presets
 
