@@ -25,7 +25,7 @@ from moe.checkpoint import Run, RunFolder, State, folder_of, open_run, read_stat
 from moe.config import ConfigError, MoeError, RunConfig
 from moe.corpus import prepare
 from moe.data import Batches, TokenStream
-from moe.lab.pictures import draw_run
+from moe.lab.report.make import make_report
 from moe.lab.score import check_length, evaluate
 from moe.machine.command import out_of_memory
 from moe.machine.device import resolve, reuse_memory, working_losses
@@ -62,6 +62,7 @@ class Session:
     plain: bool = False  # lines instead of a progress bar
     quiet: bool = False  # only what went wrong
     plan: bool = False  # say what the training would take, by three steps of it that leave nothing behind, and stop
+    report: bool = True  # at the end, a page with curves, experts and a text coloured by them
     list_presets: bool = False  # print the presets and stop
 
 
@@ -288,12 +289,13 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
         return display.say(f"\nstopped and saved after step {state.step:,}; go on with: {again}")
     for line in outcome(folder, state, record):
         display.say(line)
-    display.say(f"picture  {draw_run(folder.path)}")
-    wandb.report(folder.path / "report.html")
-    wandb.close()
     run = Run(model.eval(), corpus.tokenizer, config, folder.checkpoints()[-1])
     with average.applied():
+        if session.report:
+            display.say(f"report   {(page := make_report(folder.path, run, corpus))}")
+            wandb.report(page)
         text = moe.generate_text(run, max_new_tokens=200, seed=config.seed)
+    wandb.close()
     display.say(f"sample\n{text.strip()}\n")
     display.say(f"next     python sample.py {folder.path} --prompt TEXT\n         python train.py --data YOUR-TEXT.txt")
 

@@ -71,7 +71,7 @@ def transformers_twin(model: Transformer, folder: Path):
 
 
 def run_training(*arguments: str) -> int:
-    return train.main(["--preset", "debug", "--plain", *map(str, arguments)])
+    return train.main(["--preset", "debug", "--plain", "--no-report", *map(str, arguments)])
 
 
 @pytest.fixture

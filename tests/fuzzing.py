@@ -36,7 +36,10 @@ from moe.hub.families import FAMILIES
 from moe.hub.folder import read_object
 from moe.hub.imports import import_run
 from moe.hub.tokenizers import document_of, read_tokenizer
-from moe.lab.pictures import draw_run
+from moe.lab.report import make
+from moe.lab.report.balance import meaning
+from moe.lab.report.history import History
+from moe.lab.report.page import as_json
 from moe.lab.studies import Arm, Budget, Study
 from moe.lab.study import in_words
 from moe.lab.study_plots import draw_study
@@ -50,6 +53,7 @@ from moe.machine.weights import tensors_of
 from moe.metrics import CollapseAlarm, MetricsLog, read_metrics
 from moe.model import Transformer
 from moe.optim import Average, Optimizers
+from moe.presets import presets
 from moe.sampling import SamplingError
 from moe.tokenizer import END_OF_TEXT, BytePairs, NoTokenizer, Tokenizer, bytes_tokenizer
 
@@ -142,6 +146,8 @@ def build_run(folder: Path, tokenizer: Tokenizer | None = None) -> None:
 
 def record(step: int) -> dict[str, Any]:
     balance = {"max_vio": 0.1, "entropy": 0.9, "dead_experts": 0, "load_by_layer": [[3, 1, 2, 2], [2, 2, 2, 2]]}
+    balance |= {"max_vio_by_layer": [0.5, 0.0], "entropy_by_layer": [0.9, 1.0], "dead_experts_by_layer": [0, 0]}
+    balance |= {"balance_loss": 1.0, "grad_norm": 0.5, "lr_share": 1.0, "val_max_vio": 0.1, "val_dead_experts": 0}
     prices = {f"val_{name}": 2.5 for name in ("loss", "nats_per_character", "bits_per_byte")} | {"val_tokens": 39}
     return (
         {"step": step, "tokens": 32 * step, "seconds": 0.5, "loss": 3.0, "nats_per_character": 2.0} | balance | prices
@@ -422,6 +428,17 @@ def any_family(data: bytes, random: Random) -> bytes:
     return any_json(data, random)
 
 
+def read_curves(folder: Path) -> None:
+    """What a report makes of metrics."""
+    history, config = History.read(folder / "metrics.jsonl"), presets()["debug"]
+    config = replace(config, model=config.sized_model)
+    assert make.curves_part(config, history, "", drawn := make.curves(config, history))
+    assert make.balance_part(meaning(history, config.model, [1], []), make.balance(history, [1], []))
+    assert make.cost_part(config, history, {"runtime": {"device": "cpu", "threads": 1}}, None)
+    assert make.key_figures(history) or not len(history)
+    assert json.loads(as_json(drawn)) is not None
+
+
 # -- studies -----------------------------------------------------------------------------------------------------------
 
 
@@ -460,7 +477,7 @@ READERS = {
         build_run, f"{CHECKPOINT}/optimizer.safetensors", restore_and_step, any_tensors, 2000, seal_checkpoint
     ),
     "metrics": Reader(build_run, "metrics.jsonl", read_log, any_lines, 8000),
-    "picture": Reader(build_run, "metrics.jsonl", draw_run, any_lines, 150),
+    "report": Reader(build_run, "metrics.jsonl", read_curves, any_lines, 1500),
     "tokenizer": Reader(build_words, "tokenizer.json", use_stored, any_words, 8000),
     "imported tokenizer": Reader(build_imported, "tokenizer.json", use_stored, any_words, 6000),
     "prompt": Reader(build_prompt, "prompt", continue_prompt, any_bytes, 1500),

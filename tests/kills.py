@@ -34,7 +34,17 @@ from moe.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 STEPS = 60
-COMMON = ("--plain", "--quiet", "--steps", STEPS, "--train.save-interval", 1, "--train.sequence-length", 16)
+COMMON = (
+    "--plain",
+    "--quiet",
+    "--no-report",
+    "--steps",
+    STEPS,
+    "--train.save-interval",
+    1,
+    "--train.sequence-length",
+    16,
+)
 COMMON += ("--tokens-per-step", 64, "--train.eval-interval", 20, "--data.tokenizer", "bytes", "--resume", "auto")
 VARIANTS = {  # every part that has a state, in one of them
     "plain": (),

@@ -55,7 +55,7 @@ def test_training_tells_its_plan_its_result_and_what_to_do_next(trained):
     assert "dead experts" in output
     assert "python sample.py out/debug" in output
     names = {path.name for path in (folder / "out" / "debug").iterdir()}
-    assert {"config.json", "tokenizer.json", "metrics.jsonl", "training.png", "checkpoints"} <= names
+    assert {"config.json", "tokenizer.json", "metrics.jsonl", "report.html", "checkpoints"} <= names
     stored = json.loads((folder / "out/debug/config.json").read_text())
     assert stored["runtime"]["device"] == "cpu"
     assert {"torch", "python", "git"} <= stored["versions"].keys()

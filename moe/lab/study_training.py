@@ -82,7 +82,7 @@ def train(jobs: Sequence[Job], out: Path, budget: Budget) -> list[Outcome | Dive
             run.acquire()
             run.clear()
             run.release()
-    further = ["--resume", "auto", "--plain", "--quiet"]
+    further = ["--resume", "auto", "--plain", "--quiet", "--no-report"]
     commands = [[sys.executable, str(script), *job.flags(), "--out", str(out / job.name), *further] for job in left]
     ended = dict(zip((job.name for job in left), run_processes(commands), strict=True))
     return [outcome_of(job, run, budget, *ended.get(job.name, (0, ""))) for job, run in zip(jobs, runs, strict=True)]

@@ -48,12 +48,11 @@ def load_maps(history: History, layers: Sequence[int]) -> list[LoadMap]:
 
 def layer_curves(history: History, name: str, layers: Sequence[int]) -> list[dict[str, float]]:
     """Rows of step, layer and value of a field that is written layer by layer."""
-    rows = []
-    for record in history.detailed.records:
-        for index, value in enumerate(record.get(f"{name}_by_layer") or []):
-            layer = layers[index] if index < len(layers) else index
-            rows.append({"step": record["step"], "layer": layer, "value": float(value)})
-    return rows
+    return [
+        {"step": int(step), "layer": layers[index] if index < len(layers) else index, "value": float(value)}
+        for step, values in zip(history.detailed["step"], history.by_layer(name), strict=True)
+        for index, value in enumerate(values)
+    ]
 
 
 def expert_biases(model: Transformer) -> list[np.ndarray]:

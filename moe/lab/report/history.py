@@ -28,13 +28,26 @@ class History:
         """Of a run that has not been trained here, which has no such file, nothing."""
         history = History(read_metrics(path) if path.exists() else [])
         try:
-            for name in ("step", "tokens", "seconds", "nats_per_character", "grad_norm", "lr_share", "max_vio"):
-                history[name]
-            _ = history.loads, history.evaluated
+            history.check()
         except (KeyError, TypeError, ValueError) as error:
             what = f"{type(error).__name__}: {error}"
             raise MoeError(f"{path} does not hold what training writes ({what})") from None
         return history
+
+    def check(self) -> None:
+        """Raises KeyError, TypeError or ValueError for what cannot be drawn."""
+        for name in ("nats_per_character", "grad_norm", "lr_share", "balance_loss", "max_vio", "dead_experts"):
+            self[name]
+        if not ((self["tokens"] > 0) & (self["seconds"] >= 0)).all():
+            raise ValueError("tokens and seconds must be counted")
+        for name in ("val_nats_per_character", "val_bits_per_byte", "val_tokens"):
+            if np.isnan(self.evaluated[name]).any():
+                raise ValueError(f"{name} is missing")
+        for name in ("val_max_vio", "val_dead_experts"):
+            self.evaluated[name]
+        for name in ("max_vio", "entropy", "dead_experts"):
+            if self.by_layer(name).shape != self.loads.shape[:2]:
+                raise ValueError(f"{name}_by_layer is not of the layers that have loads")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -53,23 +66,21 @@ class History:
     @cached_property
     def evaluated(self) -> "History":
         """The steps after which a part of the validation split was priced, or all of it."""
-        found = History([record for record in self.records if record.get("val_loss") is not None])
-        for name in ("val_nats_per_character", "val_bits_per_byte", "val_tokens"):
-            found[name]
-        return found
+        return History([record for record in self.records if record.get("val_loss") is not None])
 
     @cached_property
     def detailed(self) -> "History":
         """The steps whose load was written layer by layer."""
-        return History([record for record in self.records if record.get("load_by_layer")])
+        return History([record for record in self.records if record.get("load_by_layer") is not None])
 
     @cached_property
     def loads(self) -> np.ndarray:
         """(M, L, E) tokens that each expert got."""
-        loads = np.array([record["load_by_layer"] for record in self.detailed.records], dtype=float)
-        if len(loads) and (loads.ndim != 3 or not loads.size):
-            raise ValueError(f"load_by_layer has the shape {loads.shape[1:]}")
-        return bounded(loads, "load_by_layer") if len(loads) else np.zeros((0, 0, 0))
+        return table(self.detailed.records, "load_by_layer", 3)
+
+    def by_layer(self, name: str) -> np.ndarray:
+        """(M, L) of a field that is written layer by layer."""
+        return table(self.detailed.records, f"{name}_by_layer", 2)
 
     def thinned(self, names: Sequence[str], points: int = POINTS) -> list[dict[str, float]]:
         """Rows of these fields, the means of neighbouring steps where there are more steps than points."""
@@ -82,6 +93,16 @@ def column(records: Sequence[Record], name: str) -> np.ndarray:
     """A field of every record, float64. Raises TypeError or ValueError where that cannot be drawn."""
     values = [record.get(name) for record in records]
     return bounded(np.array([np.nan if value is None else float(value) for value in values], dtype=float), name)
+
+
+def table(records: Sequence[Record], name: str, dimensions: int) -> np.ndarray:
+    """A field of every record that is a table itself, float64."""
+    if not records:
+        return np.zeros((0,) * dimensions)
+    values = np.array([record[name] for record in records], dtype=float)
+    if values.ndim != dimensions or not values.size:
+        raise ValueError(f"{name} has the shape {values.shape[1:]}")
+    return bounded(values, name)
 
 
 def bounded(values: np.ndarray, name: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe.checkpoint import Run, RunFolder
-from moe.config import MoeError, SampleConfig
+from moe.config import MoeError, RunConfig, SampleConfig
 from moe.corpus import Corpus, prepare
 from moe.corpus.streams import at_hand
 from moe.data import TokenStream
@@ -55,18 +55,18 @@ def make_report(
     texts = [read(run, text) for text in texts_of(run, corpus, given or {})]
     routed = text_for_atlas(run, corpus, given or {})
     pages = atlas(run.model, run.tokenizer, routed) if routed is not None else []
-    drawn = curves(run, history) | balance(history, layers, biases)
+    drawn = curves(run.config, history) | balance(history, layers, biases)
     if pages:
         drawn["specialisation"] = charts.specialisation_chart(pages)
     parts = {
         "title": escape(folder.resolve().name),
         "subtitle": escape(subtitle(run, history, setup)),
         "facts": facts(key_figures(history)),
-        "curves": curves_part(run, history, setup["data"].get("text", ""), drawn),
+        "curves": curves_part(run.config, history, setup["data"].get("text", ""), drawn),
         "balance": balance_part(meaning(history, run.model.config, layers, biases), drawn),
         "atlas": atlas_part(run, pages, routed, corpus is not None),
         "reading": reading_of() if texts else paragraph("This model has no tokenizer, so it neither reads nor writes."),
-        "cost": cost_part(run, history, setup, rate),
+        "cost": cost_part(run.config, history, setup, rate),
         "words": words_of(),
         "setup": escape(json.dumps(setup, indent=1)),
     }
@@ -153,20 +153,20 @@ def key_figures(history: History) -> dict[str, str]:
     return shown | {"training time": clock(last["seconds"]), "steps": f"{last['step']:,}"}
 
 
-def curves(run: Run, history: History) -> dict[str, charts.Chart]:
+def curves(config: RunConfig, history: History) -> dict[str, charts.Chart]:
     if not len(history):
         return {}
-    drawn = {"loss": charts.loss_chart(run.config, history, reference_of(run.config.preset))}
+    drawn = {"loss": charts.loss_chart(config, history, reference_of(config.preset))}
     if history.has("balance_loss"):
         about = "The balance loss of each step, unweighted"
         drawn["balance-loss"] = charts.step_chart(history, "balance_loss", "balance loss", about)
-    drawn["rates"] = charts.rate_chart(run.config, history)
+    drawn["rates"] = charts.rate_chart(config, history)
     drawn["norms"] = charts.step_chart(history, "grad_norm", "gradient norm", "The norm of all gradients of each step")
     return drawn
 
 
-def curves_part(run: Run, history: History, text: str, drawn: Mapping[str, charts.Chart]) -> str:
-    verdict = verdict_of(judge(run.config, history, reference_of(run.config.preset), text))
+def curves_part(config: RunConfig, history: History, text: str, drawn: Mapping[str, charts.Chart]) -> str:
+    verdict = verdict_of(judge(config, history, reference_of(config.preset), text))
     if "loss" not in drawn:
         return verdict
     small = {"balance-loss": "Balance loss", "rates": "Learning rates", "norms": "Gradient norm"}
@@ -214,11 +214,11 @@ def atlas_part(run: Run, pages: Sequence[Mapping[str, Any]], routed: Routed | No
     return atlas_of(in_words(pages), about, pages[0]["similarity"] is not None)
 
 
-def cost_part(run: Run, history: History, setup: Mapping[str, Any], dollars: float | None) -> str:
+def cost_part(config: RunConfig, history: History, setup: Mapping[str, Any], dollars: float | None) -> str:
     if not len(history):
         return paragraph("This model was not trained here.")
     runtime = setup["runtime"]
     rate = usual_rate(runtime["device"], runtime["threads"])
     if dollars is not None:
         rate = Rate(dollars, f"${dollars:g} an hour, as given")
-    return cost_of(cost_table(run.config, history.last, rate, peak_of(setup)))
+    return cost_of(cost_table(config, history.last, rate, peak_of(setup)))
