@@ -74,21 +74,19 @@ def memory_warning(config: RunConfig, runtime: Runtime) -> str | None:
     for flags, changed, way in smaller(config, runtime):
         if (less := memory(changed, way)).fits:
             return f"{said}{flags} would take {size(less.total)}"
-    return (
-        f"{said}no micro-batch is small enough, not even with --train.activation-checkpointing: choose a smaller "
-        + ("--preset or model, or lower --train.sequence-length")
-    )
+    few = "no micro-batch is small enough, not even with --train.activation-checkpointing"
+    return f"{said}{few}: choose a smaller --preset or model, or lower --train.sequence-length"
 
 
 def smaller(config: RunConfig, runtime: Runtime) -> Iterator[tuple[str, RunConfig, Runtime]]:
     """Ways of making the same step with less memory: fewer sequences at a time, then computing layers again."""
-    kept = [config.train.activation_checkpointing]
-    for again in kept if kept[0] else (False, True):
+    already, most = config.train.activation_checkpointing, runtime.micro_batch_size
+    for again in (True,) if already else (False, True):
         changed = replace(config, train=replace(config.train, activation_checkpointing=again))
-        for micro in config.train.micro_batch_sizes():
-            if micro <= runtime.micro_batch_size and (again, micro) != (kept[0], runtime.micro_batch_size):
-                flags = ["--train.activation-checkpointing"] * (again and not kept[0])
-                flags += [f"--train.micro-batch-size {micro}"] * (micro < runtime.micro_batch_size)
+        for micro in (micro for micro in config.train.micro_batch_sizes() if micro <= most):
+            flags = ["--train.activation-checkpointing"] * (again and not already)
+            flags += [f"--train.micro-batch-size {micro}"] * (micro < most)
+            if flags:
                 yield " ".join(flags), changed, replace(runtime, micro_batch_size=micro)
 
 
