@@ -30,6 +30,7 @@ from moe.lab.score import check_length, evaluate
 from moe.machine.command import out_of_memory
 from moe.machine.device import resolve, reuse_memory, working_losses
 from moe.machine.display import Display, Eta, Pace
+from moe.machine.nearest import instead_of
 from moe.machine.outcome import outcome
 from moe.machine.peak import peak_of
 from moe.machine.plan import Forecast, memory_warning, model_warnings, plan, preset_lines
@@ -80,7 +81,7 @@ def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
     known, _ = first.parse_known_args([dashed(argument) for argument in arguments])
     name = known.preset or "tiny"
     if name not in presets():
-        raise ConfigError(f"--preset {name} is not known: there are {', '.join(presets())}")
+        raise ConfigError(f"--preset {name} is not known: {instead_of(name, presets())}")
     folder = RunFolder(Path(known.out)) if known.out else default_folder(name, new=known.resume in (None, "never"))
     stored = None
     if known.resume in ("auto", "must") and folder.checkpoints():

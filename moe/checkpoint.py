@@ -26,7 +26,8 @@ from torch import Tensor
 from moe.config import ConfigError, RunConfig, TrainConfig, require
 from moe.data import Cursor
 from moe.machine.device import Dtype, Runtime, hardware
-from moe.machine.files import sync, sync_folder, write_whole
+from moe.machine.files import neighbours, sync, sync_folder, write_whole
+from moe.machine.nearest import did_you_mean
 from moe.machine.parsing import from_dict, to_dict
 from moe.machine.reproduce import versions
 from moe.machine.stored import (
@@ -334,7 +335,9 @@ def folder_of(path: Path) -> tuple[RunFolder, Path]:
     if not (complete := folder.checkpoints()):
         if folder.setup.exists():
             folder.read_setup()  # which may know what it is instead
-        raise CheckpointError(f"{path} holds no run: it has no complete checkpoint")
+        runs = [other for other in neighbours(path) if RunFolder(Path(other)).checkpoints()]
+        question = did_you_mean(str(path), runs)
+        raise CheckpointError(f"{path} holds no run: {question or 'it has no complete checkpoint'}")
     return folder, complete[-1]
 
 

@@ -35,7 +35,8 @@ from moe.corpus.sources import (
     fingerprint,
     text_of,
 )
-from moe.machine.files import sync
+from moe.machine.files import neighbours, sync
+from moe.machine.nearest import did_you_mean
 
 T = TypeVar("T")
 DOWNLOADS = Path("out/data/downloads")
@@ -77,7 +78,9 @@ def open_source(config: DataConfig, advance: Advance) -> Source:
     elif known:
         path = download(config.source, known, advance)
     elif not path.exists():
-        raise SourceError(f"{path}: no such file or folder; the data sets known by name are: {', '.join(DATA_SETS)}")
+        nearest = did_you_mean(config.source, [*DATA_SETS, *neighbours(path)])
+        advice = f"{nearest} Data sets" if nearest else "data sets"
+        raise SourceError(f"{path}: no such file or folder: {advice} known by name are {', '.join(DATA_SETS)}")
     files = [(file, file.stat().st_size) for file in find_files(path)]
     if any(file.suffix == ".parquet" for file, _ in files):
         size, sha256 = sum(size for _, size in files), fingerprint(path, files, advance)

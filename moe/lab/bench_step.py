@@ -18,6 +18,7 @@ from moe.lab.bench import BenchError, Row, alternate, check_rounds, medians, pre
 from moe.lab.studies import configure, dense_twin
 from moe.machine.cost import count
 from moe.machine.device import Runtime, resolve, reuse_memory, working_losses
+from moe.machine.nearest import instead_of
 from moe.machine.peak import peak_of
 from moe.model import Losses, Transformer
 from moe.optim import Average, Optimizers, accumulate, mtp_weight
@@ -50,7 +51,7 @@ class StepBench:
         known = presets()
         names = [name for name in (self.preset, self.against) if name is not None]
         if missing := [name for name in names if name not in known]:
-            raise BenchError(f"preset {missing[0]} is not known: there are {', '.join(known)}")
+            raise BenchError(f"preset {missing[0]} is not known: {instead_of(missing[0], known)}")
         found = [known[name] for name in names]
         if self.against is None:
             twin = configure(self.preset, dense_twin(found[0].sized_model))

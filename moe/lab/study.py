@@ -14,6 +14,7 @@ from moe.lab.studies import Budget, Study, StudyError, studies
 from moe.lab.study_runs import RESULTS, Results, read_results
 from moe.lab.study_summary import CLEAR, FEWEST
 from moe.machine.cost import readable
+from moe.machine.nearest import instead_of
 
 PUBLISHED = Path(__file__).parent / "results"  # a study's results.json, kept here as NAME.json
 Summary = dict[str, Any]
@@ -30,7 +31,7 @@ def asked_for(name: str, minutes: float | None, steps: int | None, data: str | N
     """A study of the table, its budget or its text changed."""
     known = studies()
     if name not in known:
-        raise StudyError(f"there is no study {name!r}: there are {', '.join(known)}")
+        raise StudyError(f"there is no study {name!r}: {instead_of(name, known)}")
     if minutes is not None and steps is not None:
         raise StudyError("--minutes and --steps exclude each other: give the length that shall count")
     study = known[name]

@@ -1,6 +1,7 @@
 """Files that are whole or not there: written beside, synced, renamed."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -17,6 +18,13 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         passing.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def neighbours(path: Path) -> list[str]:
+    """What lies where something is sought and not found, as paths that can be given instead."""
+    with suppress(OSError, ValueError):
+        return [str(path.with_name(other.name)) for other in path.parent.iterdir() if not other.name.startswith(".")]
+    return []
 
 
 def sync(path: Path) -> None:
