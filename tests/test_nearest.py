@@ -37,7 +37,7 @@ def test_a_mistyped_data_set_is_named(name, tmp_path, monkeypatch):
 
 def test_a_mistyped_file_is_named_with_its_folder(tmp_path):
     (tmp_path / "my text.txt").touch()
-    with pytest.raises(MoeError, match="did you mean .*my text.txt"):
+    with pytest.raises(MoeError, match=r"did you mean .*my text\.txt"):
         open_source(DataConfig(source=str(tmp_path / "my txt.txt")), lambda *_: None)
 
 
