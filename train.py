@@ -1,10 +1,10 @@
-"""Train a mixture-of-experts language model.
+"""Train a mixture-of-experts language model: without a flag preset tiny, on the bundled Shakespeare, in minutes on a
+laptop's CPU.
 
-python train.py                                    preset tiny on the bundled Shakespeare: minutes on a laptop's CPU
-python train.py --preset debug                     seconds, to see that everything works
-python train.py --data my-text.txt --out out/mine  your own text
-python train.py --out out/mine --resume auto       go on where it stopped
-python train.py --model.n-routed-experts 16        any field by its name
+python train.py --preset debug                seconds: does it work here?
+python train.py --data my-text.txt            your own text
+python train.py --out out/tiny --resume auto  go on where it stopped
+python train.py --model.n-routed-experts 16   any field by its name
 """
 
 import argparse
@@ -30,6 +30,8 @@ from moe.lab.score import check_length, evaluate
 from moe.machine.command import out_of_memory
 from moe.machine.device import resolve, reuse_memory, working_losses
 from moe.machine.display import Display, Eta, Pace
+from moe.machine.flags import build, checked, flags_of
+from moe.machine.help import Manual, help_if_asked, without_help
 from moe.machine.nearest import instead_of
 from moe.machine.outcome import outcome
 from moe.machine.peak import peak_of
@@ -59,12 +61,12 @@ class Session:
     resume: Literal["never", "auto", "must"] = (
         "never"  # auto: continue the run in the folder, if there is one; must: or refuse
     )
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Literal["off", "offline", "online"] = "off"  # the curves to Weights & Biases as well
     plain: bool = False  # lines instead of a progress bar
     quiet: bool = False  # only what went wrong
     plan: bool = False  # say what the training would take, by three steps of it that leave nothing behind, and stop
     report: bool = True  # at the end, a page with curves, experts and a text coloured by them
-    list_presets: bool = False  # print the presets and stop
+    list_presets: bool = False  # say what presets there are, and stop
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,22 @@ class Arguments:
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
 
 
+EVERYDAY = {
+    "The run": ("--preset", "--data", "--out", "--resume", "--init-from", "--seed"),
+    "Its length": ("--steps", "--minutes", "--tokens-per-step"),
+    "The machine": ("--device", "--dtype", "--compile", "--deterministic"),
+    "Watching": ("--plain", "--quiet", "--wandb", "--list-presets"),
+}
+MANUAL = Manual("python train.py", __doc__ or "", EVERYDAY)
+
+
 def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
     """The command line, over the preset it names or over the configuration of the run it continues."""
+    given = checked(without_help(arguments), flags_of(Arguments), MANUAL.usage)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--preset", "--out", "--resume", "--init-from", "--steps", "--minutes"):
         first.add_argument(name)
-    known, _ = first.parse_known_args([dashed(argument) for argument in arguments])
+    known, _ = first.parse_known_args(given)
     name = known.preset or "tiny"
     if name not in presets():
         raise ConfigError(f"--preset {name} is not known: {instead_of(name, presets())}")
@@ -94,16 +106,12 @@ def parse(arguments: list[str]) -> tuple[Session, RunConfig, RunFolder]:
         raise ConfigError("--steps and --minutes exclude each other: give the length that shall count")
     if known.steps:
         base = replace(base, minutes=None)
-    given = tyro.cli(Arguments, args=arguments, default=Arguments(Session(), base), description=__doc__)
+    start = Arguments(Session(), base)
+    help_if_asked(arguments, MANUAL, flags_of(Arguments, start))
+    asked = build(Arguments, given, start)
     if stored:
-        check_unchanged(stored, given.run, folder)
-    return given.session, given.run, folder
-
-
-def dashed(argument: str) -> str:
-    """--init_from=a_b is --init-from=a_b."""
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") else argument
+        check_unchanged(stored, asked.run, folder)
+    return asked.session, asked.run, folder
 
 
 def train(session: Session, config: RunConfig, folder: RunFolder, display: Display, requests: Requests) -> None:

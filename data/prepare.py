@@ -19,14 +19,16 @@ from moe.config import DataConfig, MoeError
 from moe.corpus import prepare
 from moe.corpus.sources import SPLITS
 from moe.corpus.streams import DATA_SETS
+from moe.machine.command import read_arguments
 from moe.machine.display import Display
+from moe.machine.help import Manual
 
 
 @dataclass(frozen=True)
 class Arguments:
     source: Annotated[str, tyro.conf.Positional]  # a file, a folder of files, or a data set's name
     out: Path | None = None  # the folder to make; by default one under out/data/
-    tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"
+    tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"  # learnt from the text, plain bytes, or GPT-2's
     vocab_size: int = 512  # of the BPE, 256 bytes and the end of text included
     val_fraction: float = 0.1  # the last bytes of the text, before those of the test split
     test_fraction: float = 0.0  # the very last bytes
@@ -36,8 +38,13 @@ class Arguments:
 
 
 def main() -> int:
-    names = [f"{name}: {known.size}; {known.licence}; {known.home}" for name, known in DATA_SETS.items()]
-    args = tyro.cli(Arguments, description="\n\n".join([__doc__ or "", "Data sets known by name:", *names]))
+    known = [(name, f"{found.size}; {found.licence}; {found.home}") for name, found in DATA_SETS.items()]
+    manual = Manual("python data/prepare.py", __doc__ or "", lists={"Data sets known by name": known})
+    try:
+        args = read_arguments(Arguments, manual, sys.argv[1:])
+    except MoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     display = Display()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -51,7 +51,7 @@ class RopeScaling:
     """How rotary embedding reaches beyond the context a model was trained on (see rotary.py), by the names of
     transformers' `rope_parameters`."""
 
-    rope_type: Literal["default", "yarn", "llama3"] = "default"  # default: no scaling
+    rope_type: Literal["default", "yarn", "llama3"] = "default"  # the way; default: no scaling
     factor: float = 1.0  # how many times longer the context becomes
     original_max_position_embeddings: int = 0  # the context before; has to be given with a scaling
 
@@ -59,15 +59,16 @@ class RopeScaling:
     beta_fast: float = 32.0  # pairs that turn more often than this in the original context stay as they are
     beta_slow: float = 1.0  # pairs that turn less often than this are slowed down by the whole factor
     truncate: bool = True  # both limits rounded to whole pairs, outwards
+
     # YaRN's sharper attention: the rotated part by the ratio of both mscale, or where one is 0 by a rule that knows
-    # `factor` alone; latent attention's scores by mscale_all_dim. 0: not given
-    mscale: float = 0.0
-    mscale_all_dim: float = 0.0
+    # `factor` alone; latent attention's scores by mscale_all_dim
+    mscale: float = 0.0  # above the ratio's line; 0: not given
+    mscale_all_dim: float = 0.0  # below the ratio's line; 0: not given
     attention_factor: float | None = None  # for the rotated part, instead of ratio and rule
 
-    # Llama 3.1: the same two limits
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    # Llama 3.1
+    low_freq_factor: float = 1.0  # pairs that turn less often than this are slowed down by the whole factor
+    high_freq_factor: float = 4.0  # pairs that turn more often than this stay as they are
 
     def __post_init__(self) -> None:
         name, factor = "rope_scaling.", self.factor
@@ -95,63 +96,68 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The architecture: DeepSeek-V3 (arXiv 2412.19437), its defaults the size of preset `tiny`."""
+    """The architecture: DeepSeek-V3 (arXiv 2412.19437). The defaults are the size of preset `tiny`."""
 
-    vocab_size: int = 512  # 0 in the presets: train.py takes the tokenizer's size, rounded up
-    hidden_size: int = 128
-    num_hidden_layers: int = 4
-    max_position_embeddings: int = 256  # the context length
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
+    vocab_size: int = 512  # token ids; 0, as in the presets: the tokenizer's, rounded up
+    hidden_size: int = 128  # the width of the residual stream
+    num_hidden_layers: int = 4  # attention and feed-forward each
+    max_position_embeddings: int = 256  # the context length, in tokens
+    rms_norm_eps: float = 1e-6  # keeps normalisation from dividing by 0
+    initializer_range: float = 0.02  # standard deviation of the first weights
+    tie_word_embeddings: bool = False  # the output's matrix is the input's
     hidden_dropout: float = 0.0  # on what attention and feed-forward add to the residual stream
 
     # Attention: DeepSeek's latent one, or grouped queries as Llama, Qwen, OLMoE and Mixtral have them
-    attention: Literal["latent", "grouped"] = "latent"
-    num_attention_heads: int = 4
+    attention: Literal["latent", "grouped"] = "latent"  # which of the two
+    num_attention_heads: int = 4  # query heads
     attention_bias: bool = False  # of what makes queries, keys and values; latent: of q_a_proj and kv_a_proj_with_mqa
     attention_output_bias: bool = False  # of o_proj; where transformers has an attention_bias, it means both
-    rope_theta: float = 10_000.0
+    rope_theta: float = 10_000.0  # the base of rotary embedding's wavelengths
     rope_interleave: bool = True  # rotated pairs are neighbours, as in DeepSeek; False: half a head apart
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
 
     # Latent attention (section 2.1.1)
-    q_lora_rank: int | None = None  # None: queries are not compressed
-    kv_lora_rank: int = 64
-    qk_nope_head_dim: int = 16
-    qk_rope_head_dim: int = 16
-    v_head_dim: int = 32
+    q_lora_rank: int | None = None  # the width that queries are compressed to; by default they are not
+    kv_lora_rank: int = 64  # the width that keys and values are compressed to, which is what the cache holds
+    qk_nope_head_dim: int = 16  # numbers in each head's query and key that are not rotated
+    qk_rope_head_dim: int = 16  # and that are; this part of the key is shared by all heads
+    v_head_dim: int = 32  # numbers in each head's value
 
     # Grouped-query attention
-    num_key_value_heads: int | None = None  # None: as many as query heads
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    num_key_value_heads: int | None = None  # by default as many as query heads
+    head_dim: int | None = None  # by default hidden_size / num_attention_heads
     qk_norm: Literal["none", "head", "projection"] = "none"  # of each head's query and key (Qwen3), or of all (OLMoE)
 
     # Feed-forward: the first layers dense, the others a mixture of experts (section 2.1.2)
-    intermediate_size: int = 384
-    first_k_dense_replace: int = 1
+    intermediate_size: int = 384  # the inner width of a dense layer
+    first_k_dense_replace: int = 1  # how many layers at the start are dense
     mlp_only_layers: tuple[int, ...] = ()  # further dense layers in between (Qwen3-MoE), counted from 0
-    n_routed_experts: int = 8
-    num_experts_per_tok: int = 2
-    n_shared_experts: int = 1
-    moe_intermediate_size: int = 128
-    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-    n_group: int = 1
-    topk_group: int = 1
-    # A group is worth its two best biased scores (V3), or its best alone (V2); greedy: all groups are kept
-    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = "noaux_tc"
+    n_routed_experts: int = 8  # E, in each layer
+    num_experts_per_tok: int = 2  # K, chosen for each token
+    n_shared_experts: int = 1  # that work on every token
+    moe_intermediate_size: int = 128  # the inner width of an expert
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"  # from the router's logits to its scores
+    norm_topk_prob: bool = True  # the chosen experts' gates add up to 1
+    routed_scaling_factor: float = 1.0  # times what the routed experts add up to
+    n_group: int = 1  # groups that the experts of a layer are divided into
+    topk_group: int = 1  # the groups that a token's experts may come from
+    topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"] = (
+        "noaux_tc"  # a group is worth its two best biased scores (V3), or its best alone (V2); greedy: all are kept
+    )
 
-    num_nextn_predict_layers: int = 0  # modules for multi-token prediction (section 2.2), behind the last layer
+    # Multi-token prediction (section 2.2)
+    num_nextn_predict_layers: int = 0  # modules behind the last layer, each of which looks one token further
 
     # Load balancing: 0 turns a means off
     bias_update_speed: float = 1e-3  # added to the bias of an expert with too little load after each optimizer step
-    balance_loss: Literal["sequence", "switch", "none"] = "sequence"
+    balance_loss: Literal["sequence", "switch", "none"] = (
+        "sequence"  # over each sequence (DeepSeek-V3), or over the whole batch (Switch Transformer)
+    )
     aux_loss_alpha: float = 1e-4  # the weight of that loss
     router_z_loss: float = 0.0  # the weight of ST-MoE's z-loss
 
-    expert_backend: Literal["auto", "loop", "grouped", "gather"] = "auto"
+    # How it is computed
+    expert_backend: Literal["auto", "loop", "grouped", "gather"] = "auto"  # auto: by rule, and training says which
 
     def __post_init__(self) -> None:
         require_above(0, self, "hidden_size num_hidden_layers max_position_embeddings rms_norm_eps num_attention_heads")
@@ -265,10 +271,10 @@ class ModelConfig:
 class DataConfig:
     """Which text, cut into which tokens."""
 
-    source: Annotated[str, tyro.conf.arg(aliases=("--data",))] = (
+    source: Annotated[str, tyro.conf.arg(aliases=("--data",), metavar="PATH|NAME")] = (
         "tinyshakespeare"  # a prepared folder, a text, .jsonl or .parquet file, a folder of them, or a data set's name
     )
-    tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"
+    tokenizer: Literal["bpe", "bytes", "gpt2"] = "bpe"  # learnt from the text, plain bytes, or GPT-2's
     vocab_size: int = 512  # of the byte-level BPE, its 256 bytes and the end-of-text token included
     val_fraction: float = 0.1  # the last bytes of the text, before those of the test split
     test_fraction: float = 0.0  # the very last bytes, which training never looks at
@@ -297,25 +303,29 @@ class OptimConfig:
     """Muon for matrices, AdamW for the rest (see optim.py), and how their learning rates move."""
 
     matrix_optimizer: Literal["muon", "adamw"] = "muon"  # adamw: the matrices too, with adam_lr
-    muon_lr: float = 0.026
-    muon_momentum: float = 0.95
+    muon_lr: float = 0.026  # peak learning rate of matrices
+    muon_momentum: float = 0.95  # how much of the last steps' direction is kept
     muon_weight_decay: float = 0.3  # of matrices; for a text that is read several times, for one read once 0.1
-    adam_lr: float = 0.012
-    router_lr: float = 0.001
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.99
-    adam_weight_decay: float = 0.0
+    adam_lr: float = 0.012  # peak learning rate of embeddings, head and norms
+    router_lr: float = 0.001  # peak learning rate of routers
+    adam_beta1: float = 0.9  # decay of AdamW's first moment
+    adam_beta2: float = 0.99  # decay of its second
+    adam_weight_decay: float = 0.0  # of what AdamW moves
+    grad_clip: float = 1.0  # the largest norm of a step's gradient; 0: any
+
+    # The schedule, in fractions of the whole training
     schedule: Literal["wsd", "cosine"] = "wsd"  # warm-up, stable, linear decay; or warm-up and a cosine
-    warmup: float = 0.01  # fractions of the whole training
-    decay: float = 0.7
-    final_lr: float = 0.05  # of the peak
-    grad_clip: float = 1.0  # 0: none
-    mtp_weight: float = (
-        0.3  # of the mean loss of multi-token prediction in what is minimised (DeepSeek-V3, section 4.2)
-    )
-    mtp_final_weight: float = 0.1
+    warmup: float = 0.01  # the part in which learning rates rise
+    decay: float = 0.7  # the part at the end in which they fall (wsd)
+    final_lr: float = 0.05  # what they end at, of their peak
+
+    # The weight of multi-token prediction's mean loss in what is minimised (DeepSeek-V3, section 4.2)
+    mtp_weight: float = 0.3  # at first
+    mtp_final_weight: float = 0.1  # at last
     mtp_final_from: float = 0.67  # the part of the training after which the final weight holds
-    ema_decay: float = 0.0  # of the running average of the weights that is evaluated and saved; 0: no average
+
+    # A running average of the weights
+    ema_decay: float = 0.0  # of the average that is evaluated and saved; 0: no average
 
     def __post_init__(self) -> None:
         require_above(0, self, "muon_lr adam_lr router_lr", "optim.")
@@ -335,19 +345,21 @@ class OptimConfig:
 class TrainConfig:
     """How a step is made and how often a run looks at itself."""
 
-    tokens_per_step: Annotated[int, tyro.conf.arg(aliases=("--tokens-per-step",))] = 4096  # of one optimizer step
-    sequence_length: int = 256
+    tokens_per_step: Annotated[int, tyro.conf.arg(aliases=("--tokens-per-step",))] = 4096  # for one optimizer step
+    sequence_length: int = 256  # tokens in a window
     short_until: float = 0.6  # so far into the training, each window is cut into `short_parts`: attention costs less
-    short_parts: int = 2
+    short_parts: int = 2  # into how many
     micro_batch_size: int | Literal["auto"] = "auto"  # sequences at a time; the gradients of a step are accumulated
     activation_checkpointing: bool = False  # less memory, a third more work: layers are computed again for gradients
-    eval_interval: int = 150  # steps; 0: only at the end
-    eval_tokens: int = 0  # of the validation split that evaluations before the last one read; 0: all
-    save_interval: int = 300  # steps; 0: only at the end
-    log_interval: int = 50  # steps between records of each layer's load, and between lines where there is no terminal
-    keep_last: int = 2  # checkpoints
-    keep_best: bool = True  # and the one of lowest validation loss: each evaluation below those before is saved
     skip_non_finite: int = 0  # steps on end that may be left out for their loss or gradient; one more ends training
+
+    # Looking and saving
+    eval_interval: int = 150  # steps between evaluations; 0: only at the end
+    eval_tokens: int = 0  # of the validation split that evaluations before the last one read; 0: all
+    save_interval: int = 300  # steps between checkpoints; 0: only at the end
+    log_interval: int = 50  # steps between records of each layer's load, and between lines where there is no terminal
+    keep_last: int = 2  # so many of the newest checkpoints
+    keep_best: bool = True  # and the one of lowest validation loss: each evaluation below those before is saved
 
     def __post_init__(self) -> None:
         require_above(0, self, "tokens_per_step sequence_length short_parts log_interval keep_last", "train.")
@@ -390,7 +402,7 @@ class TrainConfig:
 class SampleConfig:
     """How the next token is drawn. The filters are applied in this order."""
 
-    temperature: float = 0.8  # 0: always the most likely token
+    temperature: float = 0.8  # below 1: closer to the most likely; 0: always the most likely token
     top_k: int = 0  # keep the k most likely; 0: all
     top_p: float = 1.0  # keep the smallest set of tokens that holds this much probability
     min_p: float = 0.0  # drop what is less likely than this fraction of the most likely
@@ -405,15 +417,17 @@ class SampleConfig:
 class RunConfig:
     """A whole training run: what `config.json` stores and a resumed run keeps. Its defaults are preset `tiny`."""
 
-    preset: str = "tiny"
-    steps: int = 600
+    preset: Annotated[str, tyro.conf.arg(metavar="NAME")] = (
+        "tiny"  # the configuration that the other flags change; see --list-presets
+    )
+    steps: int = 600  # optimizer steps
     minutes: float | None = None  # instead of steps: the schedule follows the training clock
-    seed: int = 1
-    init_from: str | None = None  # a run whose weights and tokenizer to start from
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"
-    deterministic: bool = False
+    seed: int = 1  # of the first weights and the order of the text
+    init_from: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None  # whose weights and tokenizer to start from
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; auto: bfloat16 where the hardware has it
+    compile: Literal["auto", "on", "off"] = "auto"  # auto: where the time that takes is won back
+    deterministic: bool = False  # the same bits again on a GPU too, more slowly
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=0))
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -10,10 +10,8 @@ python -m moe.lab report out/tiny           a page with a run's curves, its expe
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -32,11 +30,7 @@ from moe.lab.study_training import train
 from moe.machine.command import run_commands
 from moe.machine.device import Dtype
 
-Bench = (
-    Annotated[LayerBench, tyro.conf.subcommand("layer")]
-    | Annotated[StepBench, tyro.conf.subcommand("step")]
-    | Annotated[DecodeBench, tyro.conf.subcommand("decode")]
-)
+BENCHES = {"layer": LayerBench, "step": StepBench, "decode": DecodeBench}
 
 
 def read_bytes(path: Path) -> bytes:
@@ -150,19 +144,14 @@ def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def bench_command(bench: Annotated[Bench, tyro.conf.arg(name="")]) -> None:
-    """Measure against something else, alternately, and print a table."""
-    bench.main()
-
-
 def as_json(result: object) -> str:
     return json.dumps(result)
 
 
 def main() -> int:
-    commands: dict[str, Callable[..., None]] = {
+    commands = {
         "score": score_command,
-        "bench": bench_command,
+        "bench": BENCHES,
         "study": study_command,
         "report": report_command,
         "reference": reference_command,
