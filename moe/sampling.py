@@ -3,8 +3,11 @@
 Notation: B sequences, S prompt positions, N new tokens, V vocabulary.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +18,9 @@ from moe.config import MoeError, SampleConfig
 from moe.decoding.graphs import decoder
 from moe.layers import evaluating
 from moe.model import Transformer
+
+PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others are bytes
 
 
 class SamplingError(MoeError):
@@ -43,6 +49,17 @@ def draw(logits: Tensor, config: SampleConfig, generator: torch.Generator | None
     return torch.multinomial(chances, 1, generator=generator).squeeze(-1).to(logits.device)
 
 
+class Step(NamedTuple):
+    """A token more for each of B sequences."""
+
+    tokens: Tensor  # (B,) int64
+    logits: Tensor  # (B, V) what they were drawn from, before temperature and filters; the next step may write over it
+
+    def logprobs(self) -> Tensor:
+        """(B,) float32: the natural logarithm of the probability that the model gave each token."""
+        return self.logits.float().log_softmax(-1).gather(-1, self.tokens[:, None])[:, 0]
+
+
 def decode(
     model: Transformer,
     tokens: Tensor,
@@ -51,11 +68,11 @@ def decode(
     generator: torch.Generator | None = None,
     vocab_size: int | None = None,
     on_overflow: Callable[[str], None] | None = None,
-) -> Iterator[Tensor]:
-    """New tokens without end, one for each of the B sequences at a time, (B,) int64. tokens: (B, S) with S > 0.
+) -> Iterator[Step]:
+    """New tokens without end, one for each of the B sequences at a time. tokens: (B, S) with S > 0.
 
-    vocab_size: ids from here on only pad the embedding and are never drawn. When the context is full, the newest half
-    of it is kept and read again; on_overflow is told so, once.
+    vocab_size: V, ids from here on only pad the embedding and are never drawn. When the context is full, the newest
+    half of it is kept and read again; on_overflow is told so, once.
     """
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise SamplingError(f"tokens must have the shape (B, S), with S at least 1, but are {tuple(tokens.shape)}")
@@ -79,10 +96,11 @@ def decode(
             else:
                 step = step or decoder(model, cache)
                 logits = step(pieces[-1].squeeze(1))
-            new = draw(logits[:, :vocab_size], config, generator)
+            logits = logits[:, :vocab_size]
+            new = draw(logits, config, generator)
         pieces.append(new[:, None])
         length += 1
-        yield new
+        yield Step(new, logits)
 
 
 def generate(
@@ -104,11 +122,11 @@ def generate(
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     config = SampleConfig(temperature, top_k, top_p, min_p)
-    new_tokens = decode(model, tokens, config, generator=generator, vocab_size=vocab_size, on_overflow=to_stderr)
+    steps = decode(model, tokens, config, generator=generator, vocab_size=vocab_size, on_overflow=to_stderr)
     out, stopped = [tokens], torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     with evaluating(model):
         for _ in range(max_new_tokens):
-            new = next(new_tokens)
+            new = next(steps).tokens
             if stop is not None:
                 new = new.masked_fill(stopped, stop)
                 stopped |= new == stop
@@ -118,6 +136,40 @@ def generate(
     return torch.cat(out, dim=1)
 
 
+class Drawn(NamedTuple):
+    """A token of one of several samples."""
+
+    sample: int
+    token: int
+    logprob: float | None  # of the model's own distribution, see Step.logprobs; None where it was not asked for
+    ends: bool  # it is one that stops this sample, and no part of the text
+
+
+def draws(
+    run: Run,
+    prompt: str,
+    config: SampleConfig,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    seed: int | None = None,
+    note: Callable[[str], None] | None = None,
+    logprobs: bool = False,
+) -> Iterator[Drawn]:
+    """The tokens of several samples as they are made, as one batch, each up to the token that stops it. note is told of
+    a prompt that the model does not read as it was given, and of an overflow."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    start = prompt_tokens(run, prompt, num_samples, note)
+    steps = decode(run.model, start, config, generator=generator, vocab_size=run.tokenizer.vocab_size, on_overflow=note)
+    going = list(range(num_samples))
+    for step in islice(steps, max_new_tokens):
+        tokens, prices = step.tokens.tolist(), step.logprobs().tolist() if logprobs else [None] * num_samples
+        drawn = [Drawn(row, tokens[row], prices[row], tokens[row] in run.tokenizer.stops) for row in going]
+        yield from drawn
+        going = [each.sample for each in drawn if not each.ends]
+        if not going:
+            return
+
+
 def sample(
     run: Run,
     prompt: str,
@@ -125,21 +177,12 @@ def sample(
     max_new_tokens: int,
     num_samples: int = 1,
     seed: int | None = None,
-    on_overflow: Callable[[str], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """(sample, token) as they are made, several samples as one batch; each ends before a token that stops it."""
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    start = prompt_tokens(run, prompt, num_samples)
-    new_tokens = decode(
-        run.model, start, config, generator=generator, vocab_size=run.tokenizer.vocab_size, on_overflow=on_overflow
-    )
-    going = set(range(num_samples))
-    for _ in range(max_new_tokens):
-        row_tokens = next(new_tokens).tolist()
-        going -= {row for row in going if row_tokens[row] in run.tokenizer.stops}
-        if not going:
-            return
-        yield from ((row, row_tokens[row]) for row in sorted(going))
+    for drawn in draws(run, prompt, config, max_new_tokens, num_samples, seed, note):
+        if not drawn.ends:
+            yield drawn.sample, drawn.token
 
 
 def generate_text(
@@ -155,17 +198,29 @@ def generate_text(
     """The prompt and what the run's model makes of it, up to an end of text."""
     config = SampleConfig(temperature, top_k, top_p, min_p)
     new = [token for _, token in sample(run, prompt, config, max_new_tokens, seed=seed)]
-    return prompt + run.tokenizer.decode(new, continuing=bool(prompt))
+    return mended(prompt) + run.tokenizer.decode(new, continuing=bool(prompt))
 
 
-def prompt_tokens(run: Run, prompt: str, copies: int = 1) -> Tensor:
-    """What begins a text and the prompt, `copies` times: (copies, S) int64 on the model's device."""
-    try:
-        data = prompt.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError as error:
-        raise SamplingError(f"character {error.start} of the prompt is half of a surrogate pair: mend it") from None
+def prompt_tokens(run: Run, prompt: str, copies: int = 1, note: Callable[[str], None] | None = None) -> Tensor:
+    """What begins a text and the prompt, `copies` times: (copies, S) int64 on the model's device. No prompt is refused;
+    note is told where the model reads another text than was given."""
+    data = mended(prompt).encode("utf-8", "surrogateescape")
     ids = run.tokenizer.prompt(data)
+    read = run.tokenizer.decode_bytes(ids)
+    if note and (HALF.search(PAIR.sub("", prompt)) or read.strip() != data.strip()):
+        note(f"the prompt holds what the tokenizer cannot; the model reads {shortened(read.decode(errors='replace'))}")
     return torch.tensor(ids, device=run.model.embed_tokens.weight.device).expand(copies, -1)
+
+
+def mended(text: str) -> str:
+    """A text that can be written as bytes: both halves of a surrogate pair as the character that they stand for, a half
+    by itself as U+FFFD. What a byte that is no UTF-8 was read as stays (Python's surrogateescape)."""
+    whole = PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
+    return HALF.sub("\ufffd", whole)
+
+
+def shortened(text: str, longest: int = 100) -> str:
+    return repr(text if len(text) <= longest else f"{text[: longest // 2]} ... {text[-longest // 2 :]}")
 
 
 def to_stderr(message: str) -> None:

@@ -169,7 +169,23 @@ class HubTokenizer(Tokenizer):
         return self.encode("\ufffd", continuing=True).tolist() if token is None else [token]
 
     def prompt(self, data: bytes) -> list[int]:
-        return [*self.before, *self.encode_bytes(data).tolist()] or [self.start]
+        try:
+            ids = self.encode_bytes(data).tolist()
+        except TokenizerError:  # a vocabulary that has neither bytes nor a token for what it does not know
+            ids = self.known(data.decode("utf-8", "replace"))
+        return [*self.before, *ids] or [self.start]
+
+    def known(self, text: str, continuing: bool = False) -> list[int]:
+        """The ids of what the vocabulary can hold of a text, by halves, between words where there are several."""
+        try:
+            return self.encode(text, continuing).tolist()
+        except TokenizerError:
+            if len(text) < 2:
+                return []
+            middle = len(text) // 2
+            space = text.rfind(" ", 1, middle + 1)
+            cut = space if space > 0 else middle
+            return self.known(text[:cut], continuing) + self.known(text[cut:], True)
 
     @cached_property
     def decoding(self) -> tuple[str, ...]:

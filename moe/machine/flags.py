@@ -153,7 +153,8 @@ def comments(kind: type) -> dict[str, tuple[str, str]]:
     lines = source.splitlines()
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     said = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    heading, found = "", {}
+    found: dict[str, tuple[str, str]] = {}
+    heading = ""
     for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             first = node.lineno - 1  # the line above, counted from 1
