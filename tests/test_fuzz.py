@@ -308,11 +308,6 @@ def test_a_pattern_that_may_match_nothing_does_not_end_the_process(folders):
         refused(folders, "tokenizer", stored, "tokenizer.json: the tokenizer's file is damaged: its pattern")
 
 
-def test_half_a_character_in_a_prompt_is_refused(folders):
-    with pytest.raises(MoeError, match="character 1 of the prompt is half of a surrogate pair"):
-        moe.generate_text(moe.load(folders("config"), device="cpu"), "a\ud800")
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [

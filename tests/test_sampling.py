@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import moe
 from moe.attention import Cache
 from moe.config import ConfigError, SampleConfig
-from moe.sampling import SamplingError, draw
+from moe.sampling import SamplingError, Step, decode, draw, draws, sample
 
 
 @torch.inference_mode()
@@ -199,3 +199,56 @@ def test_a_generation_that_fails_leaves_the_mode_alone():
     with pytest.raises(SamplingError):
         moe.generate(model, torch.zeros(1, 0, dtype=torch.int64), 3)
     assert model.training
+
+
+@torch.inference_mode()
+def priced_afresh(model, tokens: torch.Tensor, prompt_length: int) -> torch.Tensor:
+    """The log-probability of every token after the prompt, each from a forward pass of its own over what the model had
+    before it: half a context anew where the context was full."""
+    context = model.config.max_position_embeddings
+    half, begin, prices = (context + 1) // 2, 0, []
+    for at in range(prompt_length, tokens.shape[1]):
+        if at - begin > context:
+            begin = at - half
+        logprobs = model(tokens[:, begin:at])[:, -1].log_softmax(-1)
+        prices.append(logprobs.gather(-1, tokens[:, at, None])[:, 0])
+    return torch.stack(prices, dim=1)
+
+
+@pytest.mark.parametrize("prompt_length", [1, 20, 50])
+@pytest.mark.parametrize("setting", [{"temperature": 0.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 2.0}])
+def test_the_price_of_a_token_is_the_models_own_whatever_it_was_drawn_with(prompt_length, setting):
+    model, prompt = build().eval(), torch.randint(64, (3, prompt_length))
+    drawing = decode(model, prompt, SampleConfig(**setting), generator=torch.Generator().manual_seed(3))
+    steps = [(step.tokens, step.logprobs()) for step, _ in zip(drawing, range(70), strict=False)]
+    written = torch.cat([prompt, *(tokens[:, None] for tokens, _ in steps)], dim=1)
+    wanted = priced_afresh(model, written, prompt_length)
+    torch.testing.assert_close(torch.stack([prices for _, prices in steps], dim=1), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_price_leaves_out_what_only_pads_the_vocabulary():
+    step = next(decode(build().eval(), torch.ones(4, 3, dtype=torch.int64), SampleConfig(), vocab_size=10))
+    assert step.logits.shape == (4, 10)
+    assert torch.allclose(step.logits.softmax(-1).gather(-1, step.tokens[:, None])[:, 0].log(), step.logprobs())
+
+
+def test_prices_cost_nothing_where_they_are_not_asked_for_and_change_no_text(debug_run, monkeypatch):
+    run = moe.load(debug_run)
+    priced = list(draws(run, "ROMEO:", SampleConfig(), 30, 2, seed=4, logprobs=True))
+    assert all(each.logprob <= 0 for each in priced)
+    monkeypatch.setattr(Step, "logprobs", None)
+    plain = list(draws(run, "ROMEO:", SampleConfig(), 30, 2, seed=4))
+    assert [each[:2] for each in plain] == [each[:2] for each in priced]
+    assert {each.logprob for each in plain} == {None}
+    assert list(sample(run, "ROMEO:", SampleConfig(), 30, 2, seed=4)) == [each[:2] for each in plain if not each.ends]
+
+
+def test_a_sample_ends_with_the_token_that_stops_it_and_the_others_go_on(debug_run, monkeypatch):
+    run = moe.load(debug_run)
+    monkeypatch.setattr(type(run.tokenizer), "stops", frozenset(range(0, run.tokenizer.vocab_size, 4)))
+    drawn = list(draws(run, "a", SampleConfig(temperature=1.0), 200, 3, seed=1))
+    for number in range(3):
+        *before, last = [each for each in drawn if each.sample == number]
+        assert last.ends
+        assert last.token % 4 == 0
+        assert not any(each.ends or each.token % 4 == 0 for each in before)

@@ -98,6 +98,8 @@ def test_samples_as_json_are_one_object_and_nothing_else(trained):
     result = json.loads(said(run(*command, cwd=trained[0], stdin=b"KING \xff")))
     assert result["prompt"] == "KING \ufffd"
     assert [len(sample["tokens"]) for sample in result["samples"]] == [4, 4, 4]
+    assert all(sample.keys() == {"text", "tokens", "logprobs", "stopped"} for sample in result["samples"])
+    assert all(price < 0 for sample in result["samples"] for price in sample["logprobs"])
     asked = run("sample.py", "out/debug", "-i", "--max-new-tokens", "2", cwd=trained[0], stdin=b"caf\xe9\n\n")
     assert asked.returncode == 0
     assert asked.stdout.startswith(b"caf\xe9")

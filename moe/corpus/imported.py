@@ -183,8 +183,8 @@ class HubTokenizer(Tokenizer):
             if len(text) < 2:
                 return []
             middle = len(text) // 2
-            space = text.rfind(" ", 1, middle + 1)
-            cut = space if space > 0 else middle
+            spaces = [at for at in (text.rfind(" ", 1, middle + 1), text.find(" ", middle + 1)) if at > 0]
+            cut = min(spaces, key=lambda at: abs(at - middle), default=middle)
             return self.known(text[:cut], continuing) + self.known(text[cut:], True)
 
     @cached_property
