@@ -27,7 +27,7 @@ from moe.corpus import prepare
 from moe.data import Batches, TokenStream
 from moe.lab.report.make import make_report
 from moe.lab.score import check_length, evaluate
-from moe.machine.command import out_of_memory
+from moe.machine.command import out_of_memory, print_anything
 from moe.machine.device import resolve, reuse_memory, working_losses
 from moe.machine.display import Display, Eta, Pace
 from moe.machine.flags import build, checked, flags_of
@@ -79,7 +79,7 @@ EVERYDAY = {
     "The run": ("--preset", "--data", "--out", "--resume", "--init-from", "--seed"),
     "Its length": ("--steps", "--minutes", "--tokens-per-step"),
     "The machine": ("--device", "--dtype", "--compile", "--deterministic"),
-    "Watching": ("--plain", "--quiet", "--wandb", "--list-presets"),
+    "Watching": ("--plan", "--plain", "--quiet", "--report", "--wandb", "--list-presets"),
 }
 MANUAL = Manual("python train.py", __doc__ or "", EVERYDAY)
 
@@ -348,5 +348,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal that cannot show a sample's letter
+    print_anything()
     sys.exit(main(sys.argv[1:]))

@@ -19,7 +19,7 @@ from moe.config import DataConfig, MoeError
 from moe.corpus import prepare
 from moe.corpus.sources import SPLITS
 from moe.corpus.streams import DATA_SETS
-from moe.machine.command import read_arguments
+from moe.machine.command import print_anything, read_arguments
 from moe.machine.display import Display
 from moe.machine.help import Manual
 
@@ -40,6 +40,7 @@ class Arguments:
 def main() -> int:
     known = [(name, f"{found.size}; {found.licence}; {found.home}") for name, found in DATA_SETS.items()]
     manual = Manual("python data/prepare.py", __doc__ or "", lists={"Data sets known by name": known})
+    print_anything()
     try:
         args = read_arguments(Arguments, manual, sys.argv[1:])
     except MoeError as error:

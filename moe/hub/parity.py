@@ -243,9 +243,9 @@ def fp8_difference(theirs: Any, folder: Path, tokens: Tensor) -> float:
     where = folder / "fp8"
     where.mkdir()
     save_file(quantised, where / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "theirs" / "config.json").read_text())
+    config = json.loads((folder / "theirs" / "config.json").read_text("utf-8"))
     settings = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK)}
-    (where / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    (where / "config.json").write_text(json.dumps(config | {"quantization_config": settings}), "utf-8")
     meant = {
         name: dequantise(weight, quantised[name + SCALE], BLOCK).float() if name + SCALE in quantised else weight
         for name, weight in quantised.items()

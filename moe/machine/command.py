@@ -1,5 +1,6 @@
 """What the command lines share: help, commands within a command, and an error as one line."""
 
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
@@ -15,6 +16,12 @@ from moe.machine.nearest import instead_of
 Commands = Mapping[str, Any]  # functions and dataclasses to be filled in and run, or further commands, by their names
 
 
+def print_anything() -> None:
+    """What standard output's encoding cannot hold, a path's byte or a sample's letter, is replaced and ends nothing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def read_arguments(what: Callable[..., Any], manual: Manual, arguments: Sequence[str]) -> Any:
     """What the command line describes, or the help page that it asks for. Raises UsageError."""
     flags = flags_of(what)
@@ -24,6 +31,7 @@ def read_arguments(what: Callable[..., Any], manual: Manual, arguments: Sequence
 
 def run_commands(prog: str, commands: Commands, description: str | None = None) -> int:
     """Run the one that the command line names; the exit status."""
+    print_anything()
     try:
         find_command(prog, commands, description or "", sys.argv[1:])()
     except (MoeError, OSError) as error:

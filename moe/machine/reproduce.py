@@ -36,8 +36,8 @@ def versions() -> dict[str, str]:
     found = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "tiktoken", "safetensors")}
     try:
         command, here = ["git", "rev-parse", "HEAD"], Path(__file__).resolve().parent
-        asked = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10, check=False)
+        asked = subprocess.run(command, cwd=here, capture_output=True, encoding="utf-8", timeout=10, check=False)
         revision = asked.stdout.strip() or "unknown"
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         revision = "unknown"
     return {"python": platform.python_version(), **found, "git": revision}
