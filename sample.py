@@ -175,6 +175,10 @@ class Conversation:
 
     def hold(self) -> None:
         """Until an empty line, or the end of the input."""
+        with suppress(ImportError):  # Windows' terminals edit by themselves
+            import readline  # noqa: F401
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 stay what they are
         to_stderr("write the beginning of a text; /help lists commands, an empty line ends")
         while (line := next_line()) and line.rstrip() != "/quit":
             try:
@@ -228,11 +232,7 @@ class Conversation:
 
 
 def next_line() -> str | None:
-    """A line that is typed, edited with readline where there is one; None at the end of the input."""
-    with suppress(ImportError):  # Windows' terminals edit by themselves
-        import readline  # noqa: F401
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 stay what they are
+    """A line of the input, or None at its end."""
     typed = sys.stdin.isatty() and sys.stdout.isatty()
     while True:
         try:

@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import MISSING, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -144,6 +145,7 @@ def unwrapped(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return inner, (*marks, *further)
 
 
+@cache
 def comments(kind: type) -> dict[str, tuple[str, str]]:
     """(heading, text) of every field of a dataclass."""
     try:
