@@ -17,7 +17,7 @@ import train
 from moe.hub.__main__ import export_command, import_command, parity_command
 from moe.lab.__main__ import score_command, study_command
 from moe.machine.command import find_command, read_arguments
-from moe.machine.flags import UsageError, build, checked, flags_of
+from moe.machine.flags import UsageError, build, checked, comments, flags_of
 from moe.machine.help import Manual
 from moe.presets import presets
 
@@ -158,6 +158,22 @@ def test_a_mistake_in_the_flags_is_one_line_with_what_was_meant(arguments, says,
     assert output.out == ""
 
 
+def test_what_may_be_given_several_times_is_read_each_time():
+    def what(places: tyro.conf.Positional[tuple[Path, ...]], more: tyro.conf.UseAppendAction[tuple[int, ...]] = ()):
+        return places, more
+
+    def read(*arguments):
+        return build(what, checked(arguments, flags_of(what), "python x.py"))
+
+    assert read("a", "--more", "1", "b", "--more=2") == ((Path("a"), Path("b")), (1, 2))
+    for arguments, says in {
+        (): "PLACES must be given: python x.py PLACES",
+        ("a", "--more", "x"): "a whole number",
+    }.items():
+        with pytest.raises(UsageError, match=says):
+            read(*arguments)
+
+
 def test_what_must_be_given_is_named_with_the_whole_command():
     flags = flags_of(score_command)
     with pytest.raises(UsageError, match=r"FILE must be given: python -m moe\.lab score RUN FILE"):
@@ -187,5 +203,6 @@ def test_any_command_line_is_built_or_refused(arguments):
 
 
 def test_reading_flags_needs_no_sources(monkeypatch):
+    monkeypatch.setattr("moe.machine.flags.comments", comments.__wrapped__)
     monkeypatch.setattr("inspect.getsource", lambda what: (_ for _ in ()).throw(OSError()))
     assert [flag.text for flag in flags_of(Inner)] == [""] * 4

@@ -26,6 +26,7 @@ from moe.config import MoeError
 from moe.machine.nearest import did_you_mean, instead_of
 
 POSITIONAL = typing.get_args(tyro.conf.Positional[str])[1]
+APPENDED = typing.get_args(tyro.conf.UseAppendAction[tuple[str, ...]])[1]
 KINDS = {int: ("N", "a whole number"), float: ("X", "a number"), str: ("TEXT", "a text"), Path: ("PATH", "a path")}
 
 
@@ -127,12 +128,13 @@ def flag(name: str, hint: Any, default: Any, text: str) -> Flag:
     hint, marks = unwrapped(hint)
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = tuple(option for option in typing.get_args(hint) if option is not type(None)) if union else (hint,)
-    many = typing.get_origin(hint) is tuple
-    options = typing.get_args(hint)[:1] if many else options
+    several = typing.get_origin(hint) is tuple
+    options = typing.get_args(hint)[:1] if several else options
+    many = several and APPENDED not in marks  # what is appended is given one at a time
     aliases = [alias for mark in marks for alias in getattr(mark, "aliases", None) or ()]
     metavar = next((mark.metavar for mark in marks if getattr(mark, "metavar", None)), "")
     if POSITIONAL in marks:
-        return Flag((name,), options, default, text, placed=True, metavar=metavar or name.upper())
+        return Flag((name,), options, default, text, placed=True, many=many, metavar=metavar or name.upper())
     return Flag((*aliases, "--" + name.replace("_", "-")), options, default, text, many=many, metavar=metavar)
 
 
@@ -210,7 +212,7 @@ def checked(arguments: Sequence[str], flags: Sequence[Flag], usage: str) -> list
 
 
 def check_placed(given: list[str], wanted: list[Flag], usage: str) -> list[str]:
-    if len(given) > len(wanted):
+    if len(given) > len(wanted) and not any(flag.many for flag in wanted):
         raise UsageError(f"{given[len(wanted)]!r} is one argument too many: {usage} --help says what may be given")
     if missing := [flag.metavar for flag in wanted[len(given) :] if flag.default is MISSING]:
         whole = " ".join([usage, *(flag.metavar for flag in wanted)])
