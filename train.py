@@ -182,15 +182,16 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     for warning in model_warnings(config):
         display.warn(warning)
     forecast, eta = Forecast(config, len(training), runtime.device), Eta(state.progress(config))
-    alarm = CollapseAlarm(config.model.num_experts_per_tok, state.balance)
+    alarm = CollapseAlarm(config.model.num_experts_per_tok, state.balance, model.moe_layer_numbers())
     lowest = {tokens: loss for tokens, (loss, _) in folder.best().items()}
     if not session.plan:
         if not resuming or config != stored or runtime != intended:
             folder.write_setup(config, runtime, corpus.tokenizer, identity, peak.flops)
         log = MetricsLog(folder.metrics, keep_steps=state.step)
         settings = asdict(config) | {"runtime": asdict(runtime), "peak_flops": peak.flops}
-        wandb = Wandb(session.wandb, folder.path, settings, display.say, display.warn, resuming, session.quiet)
-        display.start(folder.path.name)
+        tell = display.say, display.warn
+        wandb = Wandb(session.wandb, folder.path, settings, *tell, alarm.layers, resuming, session.quiet)
+        display.start(folder.path.name, numbers=alarm.layers)
     if resuming:
         set_random_state(state.rng)
     requests.listen()

@@ -6,6 +6,7 @@ Notation: L MoE layers, E routed experts.
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ def routing_record(routing: RoutingStats | None, detailed: bool) -> Record:
 class CollapseAlarm:
     """Notices layers whose routing has been collapsed for PATIENCE steps on end, and speaks up once for each."""
 
-    def __init__(self, top_k: int, streaks: dict[str, int]) -> None:
-        self.top_k, self.streaks = top_k, dict(streaks)
+    def __init__(self, top_k: int, streaks: dict[str, int], layers: Sequence[int]) -> None:
+        """streaks: by the place among the MoE layers. layers: their numbers."""
+        self.top_k, self.streaks, self.layers = top_k, dict(streaks), layers
 
     def check(self, load: Tensor | None) -> str | None:
         """load: (L, E). A line to print, or None."""
@@ -53,11 +55,11 @@ class CollapseAlarm:
             else {str(layer): self.streaks.get(str(layer), 0) + 1 for layer in collapsed_layers(load, self.top_k)}
         )
         self.streaks = collapsed
-        struck = [layer for layer, streak in collapsed.items() if streak == PATIENCE]
+        struck = [str(self.layers[int(layer)]) for layer, streak in collapsed.items() if streak == PATIENCE]
         if not struck:
             return None
         return (
-            f"ALARM: routing has collapsed in MoE layer {', '.join(struck)}: a few experts get most tokens, the others "
+            f"ALARM: routing has collapsed in layer {', '.join(struck)}: a few experts get most tokens, the others "
             "learn nothing. Raise --model.bias-update-speed or --model.aux-loss-alpha, or lower --optim.router-lr"
         )
 

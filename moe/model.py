@@ -228,6 +228,10 @@ class Transformer(nn.Module):
     def moe_layers(self) -> list[MoE]:
         return [block.mlp for block in self.blocks() if isinstance(block.mlp, MoE)]
 
+    def moe_layer_numbers(self) -> list[int]:
+        """Their places among all layers, from 0."""
+        return [block.layer for block in self.blocks() if isinstance(block.mlp, MoE)]
+
     def update_expert_bias(self, load: Tensor) -> None:
         """Once per optimizer step, with the load of the whole global batch, (L, E)."""
         for layer, counts in zip(self.moe_layers(), load, strict=True):

@@ -192,7 +192,7 @@ def read_position(folder: Path) -> None:
     state = read_state(folder / CHECKPOINT)
     set_random_state(state.rng)
     assert state.progress(RUN) >= 0
-    CollapseAlarm(2, state.balance).check(torch.ones(2, 4))
+    CollapseAlarm(2, state.balance, [1, 2]).check(torch.ones(2, 4))
     batches = Batches(TokenStream(open_corpus(folder / "corpus"), "train"), 1, 16, 1, state.cursor)
     batches.next()
 

@@ -50,9 +50,10 @@ def test_more_experts_than_fit_are_shown_as_their_profile_the_dead_among_them():
 def test_of_many_layers_a_plain_line_shows_the_worst_in_order():
     load = torch.full((20, 32), 10)
     load[17, 3], load[4, 5] = 200, 100
-    assert load_line(load, BLOCKS).startswith("experts  the worst 2 of 20 MoE layers 4 [")
-    assert "  17 [" in load_line(load, BLOCKS)
-    assert load_line(load[:2], BLOCKS).startswith("experts  MoE layer 0 [")
+    numbers = range(1, 21)
+    assert load_line(load, BLOCKS, numbers).startswith("experts  the worst 2 of 20 MoE layers 5 [")
+    assert "  18 [" in load_line(load, BLOCKS, numbers)
+    assert load_line(load[:2], BLOCKS, [1, 2]).startswith("experts  layer 1 [")
 
 
 def frame(width: int, encoding: str, load, record=RECORD, name="run") -> str:
@@ -62,7 +63,7 @@ def frame(width: int, encoding: str, load, record=RECORD, name="run") -> str:
     display.console = Console(force_terminal=True, width=width, file=file, soft_wrap=True, color_system=None)
     display.levels = BLOCKS if room.can_show(BLOCKS, display.console.encoding) else ASCII
     display.live = True
-    display.start(name)
+    display.start(name, numbers=range(1, 41))
     display.step(record, PACE, load)
     display.close()
     file.flush()
@@ -76,16 +77,17 @@ def test_a_terminal_shows_everything_at_a_glance():
     assert first.endswith(" 33 %  step 10  ETA 1:05")
     assert losses == "loss 4.900  val 3.010/char  balance loss 1.080  MaxVio 0.84  dead 1"
     assert speed == "16,687 tok/s  MFU 1.2 %"
-    assert layers == ["MoE layer 0  [ █▄▄]  MaxVio 1.00  dead 1  the worst", "MoE layer 1  [▄▄▄▄]  MaxVio 0.00"]
+    assert layers == ["layer 1  [ █▄▄]  MaxVio 1.00  dead 1  the worst", "layer 2  [▄▄▄▄]  MaxVio 0.00"]
 
 
 def test_of_many_layers_a_terminal_shows_eight_and_always_the_worst():
     display, load = Display(), torch.full((27, 64), 10)
+    display.start("run", numbers=range(27))
     for worst in (20, 20, 3):
         load[worst] = torch.arange(64)
         lines = display.bars(load)
         assert len(lines) == 8
-        assert next(line for line in lines if "the worst" in line).startswith(f"MoE layer {worst}")
+        assert next(line for line in lines if "the worst" in line).startswith(f"layer {worst}")
         assert lines[-1].endswith("(8 of 27 MoE layers)")
 
 
@@ -99,7 +101,7 @@ def test_no_width_and_no_encoding_break_a_frame(width, encoding, load):
 
 
 def shown(display: Display) -> None:
-    display.start("run")
+    display.start("run", numbers=[1, 2])
     display.step(RECORD | EVALUATED, PACE, torch.ones(2, 4))
     display.step(RECORD | {"step": 50}, PACE, None)
     display.close()
@@ -116,7 +118,7 @@ def test_what_is_piped_gets_plain_lines_whatever_the_environment_says(environmen
     lines = pipe.buffer.getvalue().decode("ascii").splitlines()
     told = "33 %  loss 4.900  val 3.010/char  balance loss 1.080  MaxVio 0.84  dead 1  16,687 tok/s  MFU 1.2 %"
     steps = [f"step {number:>5}  {told}  ETA 1:05" for number in (10, 50)]
-    assert lines == [steps[0], "experts  MoE layer 0 [====]  1 [====]", steps[1]]
+    assert lines == [steps[0], "experts  layer 1 [====]  2 [====]", steps[1]]
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="this system has no pseudo-terminals")

@@ -288,8 +288,8 @@ def test_the_alarm_sounds_once_for_a_layer_that_stays_collapsed():
     even, collapsed = torch.full((8,), 100), torch.tensor([400, 400] + [0] * 6)
     load = torch.stack([even, collapsed])
     assert collapsed_layers(load, top_k=2) == [1]
-    alarm = CollapseAlarm(2, {})
+    alarm = CollapseAlarm(2, {}, [1, 2])
     said = [alarm.check(load) for _ in range(2 * PATIENCE)]
     assert [index for index, line in enumerate(said) if line] == [PATIENCE - 1]
-    assert "layer 1" in said[PATIENCE - 1]
-    assert CollapseAlarm(2, alarm.streaks).check(torch.stack([even, even])) is None
+    assert "in layer 2" in said[PATIENCE - 1]
+    assert CollapseAlarm(2, alarm.streaks, [1, 2]).check(torch.stack([even, even])) is None

@@ -77,26 +77,26 @@ def pretended(monkeypatch) -> Pretended:
 def start(folder=Path("run"), mode="online", **settings) -> tuple[Wandb, list[str], list[str]]:
     said: list[str] = []
     warned: list[str] = []
-    return Wandb(mode, folder, {"seed": 1}, said.append, warned.append, **settings), said, warned
+    return Wandb(mode, folder, {"seed": 1}, said.append, warned.append, [1, 2], **settings), said, warned
 
 
 def test_names_are_grouped_layers_told_apart_and_loads_drawn_as_histograms(pretended):
     start()[0].log(RECORD, {"utilisation": 0.3})
     ((step, values),) = pretended.logged
-    bars = {name: values.pop(name) for name in ("balance/layer_0/load", "balance/layer_1/load")}
+    bars = {name: values.pop(name) for name in ("balance/layer_1/load", "balance/layer_2/load")}
     assert step == 2
     assert values == {
         "step": 2,
         "tokens": 1024,
         "train/loss": 3.0,
         "balance/max_vio": 0.5,
-        "balance/layer_0/max_vio": 0.5,
-        "balance/layer_1/max_vio": 0.25,
+        "balance/layer_1/max_vio": 0.5,
+        "balance/layer_2/max_vio": 0.25,
         "val/loss": 3.1,
         "speed/utilisation": 0.3,
     }
     assert [bar.counts for bar in bars.values()] == [[3, 1], [2, 2]]
-    assert bars["balance/layer_0/load"].edges == [0, 1, 2]
+    assert bars["balance/layer_1/load"].edges == [0, 1, 2]
 
 
 def test_every_metric_of_a_run_has_a_group_but_what_others_are_drawn_over(debug_run):
@@ -109,7 +109,7 @@ def test_every_metric_of_a_run_has_a_group_but_what_others_are_drawn_over(debug_
 def test_a_histogram_wider_than_can_be_drawn_is_left_out(pretended):
     run, _, warned = start()
     run.log(RECORD | {"load_by_layer": [[1] * 513]}, {})
-    assert "balance/layer_0/load" not in pretended.logged[0][1]
+    assert "balance/layer_1/load" not in pretended.logged[0][1]
     assert warned == []
 
 
@@ -180,7 +180,7 @@ def test_the_real_package_takes_it_all_offline_and_says_nothing(tmp_path):
     code = (
         "from pathlib import Path; from test_tracking import *\n"
         "for step, resuming in ((2, False), (3, True)):\n"
-        "    run = Wandb('offline', Path(), {'seed': 1}, lambda line: None, print, resuming)\n"
+        "    run = Wandb('offline', Path(), {'seed': 1}, lambda line: None, print, [1, 2], resuming)\n"
         "    run.log(RECORD | {'step': step}, {'utilisation': 0.3}); run.report(Path('report.html')); run.close()"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
@@ -192,8 +192,8 @@ def test_the_real_package_takes_it_all_offline_and_says_nothing(tmp_path):
     for folder in (first, second):
         (story,) = (path.read_bytes() for path in folder.glob("*.wandb"))
         for name in (
-            b"balance/layer_1/max_vio",
-            b"balance/layer_0/load",
+            b"balance/layer_2/max_vio",
+            b"balance/layer_1/load",
             b"histogram",
             b"speed/utilisation",
             b"report",

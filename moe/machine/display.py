@@ -45,7 +45,8 @@ class Display:
         self.bar: Bar | None = None
         self.stage, self.spoke = "", 0.0
         self.validation = ""
-        self.layers: list[int] = []  # those that are shown
+        self.numbers: Sequence[int] = ()
+        self.layers: list[int] = []  # those that are shown, by their places
         self.rows: list[str] = []  # their lines
 
     def say(self, message: str) -> None:
@@ -71,8 +72,10 @@ class Display:
             self.spoke = time.monotonic()
             self.say(f"{stage}: {line.strip()}")
 
-    def start(self, name: str, total: float | None = 1.0) -> None:
+    def start(self, name: str, total: float | None = 1.0, numbers: Sequence[int] = ()) -> None:
+        """numbers: of the L MoE layers, where there will be loads to show."""
         self.close()
+        self.numbers = numbers
         if self.live:
             self.bar = Bar(name, total, self.console)
             self.bar.start()
@@ -94,7 +97,7 @@ class Display:
         elif regular or "val_loss" in record:
             self.say(f"step {record['step']:>5} {done}  {line}  {speed}  {left}")
             if "val_loss" in record and load is not None:
-                self.say(load_line(load, self.levels))
+                self.say(load_line(load, self.levels, self.numbers))
 
     def bars(self, load: Tensor) -> list[str]:
         """A line for each MoE layer. Of many layers, for the worst: chosen anew only when the worst is none of them."""
@@ -102,7 +105,7 @@ class Display:
         if worst not in self.layers:
             self.layers = worst_layers(load, MOST_LAYERS)
         few = f"  ({len(self.layers)} of {len(load)} MoE layers)" if len(load) > len(self.layers) else ""
-        lines = [layer_line(layer, load[layer], self.levels) for layer in self.layers]
+        lines = [layer_line(self.numbers[layer], load[layer], self.levels) for layer in self.layers]
         lines[self.layers.index(worst)] += "  the worst" if len(lines) > 1 else ""
         return [*lines[:-1], lines[-1] + few]
 
@@ -177,15 +180,15 @@ def row_of_blocks(load: Tensor, levels: str) -> str:
 
 def layer_line(layer: int, load: Tensor, levels: str) -> str:
     dead = f"  dead {dead}" if (dead := int(dead_experts(load))) else ""
-    row = f"MoE layer {layer:<2} {row_of_blocks(load, levels)}  MaxVio {max_violation(load):.2f}{dead}"
+    row = f"layer {layer:<2} {row_of_blocks(load, levels)}  MaxVio {max_violation(load):.2f}{dead}"
     return row + ("  busiest first" if len(load) > WIDEST else "")
 
 
-def load_line(load: Tensor, levels: str) -> str:
+def load_line(load: Tensor, levels: str, numbers: Sequence[int]) -> str:
     """Every MoE layer's row in one line; of those that would not fit, the worst. load: (L, E)."""
-    rows = [f"{layer} {row_of_blocks(each, levels)}" for layer, each in enumerate(load)]
+    rows = [f"{layer} {row_of_blocks(each, levels)}" for layer, each in zip(numbers, load, strict=True)]
     shown = worst_layers(load, LINE // (len(rows[0]) + 2))
-    which = f"the worst {len(shown)} of {len(rows)} MoE layers" if len(shown) < len(rows) else "MoE layer"
+    which = f"the worst {len(shown)} of {len(rows)} MoE layers" if len(shown) < len(rows) else "layer"
     order = ", busiest first" if load.shape[1] > WIDEST else ""
     return f"experts{order}  {which} " + "  ".join(rows[layer] for layer in shown)
 

@@ -1,7 +1,7 @@
 """Weights & Biases, imported only when asked for. Whatever goes wrong there is told once and never ends a run."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ class Wandb:
         config: Mapping[str, Any],
         say: Callable[[str], None],
         warn: Callable[[str], None],
+        layers: Sequence[int],
         resuming: bool = False,
         quiet: bool = False,
     ) -> None:
-        self.warn = warn
+        """layers: the numbers of the MoE layers."""
+        self.warn, self.layers = warn, layers
         self.run: Any = None
         if mode != "off":
             self._attempt(lambda: self._start(mode, folder, config, resuming, quiet))
@@ -67,10 +69,10 @@ class Wandb:
         loads = record.get(f"load{BY_LAYER}", ())
         bars = {
             f"balance/layer_{layer}/load": self.histogram(np_histogram=(np.array(load), np.arange(len(load) + 1)))
-            for layer, load in enumerate(loads)
+            for layer, load in zip(self.layers, loads, strict=False)
             if len(load) <= MOST_BARS
         }
-        return numbers | dict(layer_by_layer(record)) | bars
+        return numbers | dict(layer_by_layer(record, self.layers)) | bars
 
     def report(self, path: Path) -> None:
         """Keep a file, if it is there, as the run's report."""
@@ -113,9 +115,9 @@ def grouped(name: str) -> str:
     return next((f"{group}/{name}" for group, names in GROUPS.items() if name in names), name)
 
 
-def layer_by_layer(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """balance/layer_0/max_vio and so on, by the number among the MoE layers."""
+def layer_by_layer(record: Mapping[str, Any], layers: Sequence[int]) -> Iterator[tuple[str, float]]:
+    """balance/layer_1/max_vio and so on."""
     for name, values in record.items():
         if name.endswith(BY_LAYER) and name != f"load{BY_LAYER}":
-            for layer, value in enumerate(values):
+            for layer, value in zip(layers, values, strict=False):
                 yield f"balance/layer_{layer}/{name.removesuffix(BY_LAYER)}", value

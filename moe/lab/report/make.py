@@ -13,7 +13,6 @@ from moe.config import MoeError, RunConfig, SampleConfig
 from moe.corpus import Corpus, prepare
 from moe.corpus.streams import at_hand
 from moe.data import TokenStream
-from moe.experts import MoE
 from moe.lab.report import charts
 from moe.lab.report.atlas import Routed, atlas, enough_tokens, in_words, route
 from moe.lab.report.balance import SHOWN, expert_biases, load_maps, meaning
@@ -50,7 +49,7 @@ def make_report(
     """Write report.html beside a run's metrics.jsonl. corpus: its text, where it is at hand. given: further texts to
     colour, by name. rate: dollars that an hour of its machine costs. Raises MoeError."""
     history, setup = History.read(folder / "metrics.jsonl"), json.loads((folder / "config.json").read_text("utf-8"))
-    layers = [block.layer for block in run.model.blocks() if isinstance(block.mlp, MoE)]
+    layers = run.model.moe_layer_numbers()
     biases = expert_biases(run.model)
     texts = [read(run, text) for text in texts_of(run, corpus, given or {})]
     routed = text_for_atlas(run, corpus, given or {})
