@@ -1,7 +1,13 @@
-"""The experts and the mixture (DeepSeek-V3, eq. 12): o = sum over the chosen i of g_i * Expert_i(x), plus Shared(x).
+"""The experts and the mixture.
 
 Notation: B sequences, S positions, T = B*S tokens, D model width, E routed experts, K experts per token, F expert
 width.
+
+    Expert(x) = W_down (silu(W_gate x) * W_up x)                             SwiGLU (arXiv 2002.05202)
+    o = sum over the chosen i of g_i * Expert_i(x), plus Shared(x)           DeepSeek-V3, eq. 12
+
+Shared experts hold what every token needs: with one more routed expert in its place, DeepSeekMoE's loss rises from
+1.808 to 2.414 (arXiv 2401.06066, section 4.5). Trained so, tiny is as good, as far as five seeds can tell.
 
 All experts of a layer live in two stacked tensors, `gate_up_proj` (E, 2F, D) and `down_proj` (E, D, F). Three
 back-ends compute the routed sum, alike but for rounding, and no token is ever dropped:
@@ -9,7 +15,7 @@ back-ends compute the routed sum, alike but for rounding, and no token is ever d
 * `loop`: expert after expert, as one would explain it; the reference. For a few tokens on a CPU also the fastest, as
   it touches only the experts that were chosen (gathering their weights costs ten times as much there).
 * `grouped`: sort the (token, expert) pairs by expert, run each matrix product for all experts at once, put the
-  results back. For training.
+  results back. For training: 1.17 times the time of a dense layer as wide as what is chosen (`bench layer`).
 * `gather`: copy each token's K weight matrices together and use batched products. For decoding a few tokens on a GPU:
   no host synchronisation.
 

@@ -1,5 +1,8 @@
 """Two small layers, normalisation and dropout, the number format they hand on, a model at rest, and chance that leaves
-no trace."""
+no trace.
+
+    RMSNorm(x) = w * x / sqrt(mean(x^2) + eps)        arXiv 1910.07467, eq. 4
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,10 +4,15 @@ over a training.
 Notation: N matrices of m rows and n columns.
 
 Muon (Jordan et al. 2024): momentum whose matrix is made orthogonal before it is applied, so that every direction of a
-weight learns at the same pace. Matrices of hidden layers get it: attention, dense and shared feed-forward, and the
-stacked experts, orthogonalised **per expert** (a stack flattened into one matrix would mix experts that have nothing
-to do with each other). Embedding, head, norms and the small router matrix get AdamW; with `matrix_optimizer = "adamw"`
-everything does.
+weight learns at the same pace.
+
+    M += (1 - mu) (G - M);    W -= lr sqrt(max(1, m/n)) U V^T,    where U S V^T = G + mu (M - G)
+
+Matrices of hidden layers get it: attention, dense and shared feed-forward, and the stacked experts, orthogonalised
+**per expert** (a stack flattened into one matrix would mix experts that have nothing to do with each other). Embedding,
+head, norms and the small router matrix get AdamW; with `matrix_optimizer = "adamw"` everything does, and tiny is then
+0.123 ± 0.010 bits per byte worse after the same minutes, though Muon's steps take 8 % longer (`python -m moe.lab study
+optimizer`). What the average gains five seeds cannot see (`study average`), so it is off.
 """
 
 import math

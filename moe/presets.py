@@ -1,4 +1,8 @@
-"""Complete runs by name, each with the machine it is for and what it reached there."""
+"""Complete runs by name, each with the machine it is for and what it reached there.
+
+`tiny` is what config.py's defaults say. It has 8 experts, since 16, 32 and 64 are 0.027, 0.078 and 0.161 bits per byte
+behind in the same time (`python -m moe.lab study experts`).
+"""
 
 from dataclasses import dataclass, replace
 

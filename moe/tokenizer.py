@@ -3,7 +3,8 @@ corpus/imported.py.
 
 Our own vocabularies hold all 256 bytes, so any text, and any sequence of bytes, can be written and comes back
 unchanged. One special token, `<|endoftext|>`, stands before every document; it is the context of the first token. It is
-never made from text that happens to spell it. How a vocabulary is learned from a text is in corpus/bpe.py.
+never made from text that happens to spell it. How a vocabulary is learned from a text is in corpus/bpe.py. With tiny's
+512 tokens one stands for 2.04 characters of Shakespeare: less than half the positions that single bytes would take.
 """
 
 import base64
