@@ -4,7 +4,8 @@ python -m moe.lab score out/tiny text.txt   what a text costs under a model
 python -m moe.lab bench layer               a mixture of experts against a dense layer
 python -m moe.lab bench step                a training step of one preset against another's
 python -m moe.lab bench decode              writing, against transformers
-python -m moe.lab study                     the experiments there are; with a NAME, one of them
+python -m moe.lab study                     the studies there are; with a NAME, one of them
+python -m moe.lab experiments               one thing changed in tiny, ten times, a minute each
 python -m moe.lab report out/tiny           a page with a run's curves, its experts, and a text coloured by them
 """
 
@@ -16,10 +17,11 @@ from pathlib import Path
 import tyro
 
 import moe
-from moe.lab import study
+from moe.lab import experiments, study
 from moe.lab.bench_decode import DecodeBench
 from moe.lab.bench_layer import LayerBench
 from moe.lab.bench_step import StepBench
+from moe.lab.experiment_runs import run_experiments
 from moe.lab.report.make import make_report, text_at_hand
 from moe.lab.report.reference import check_run, write_reference
 from moe.lab.score import Windows, score
@@ -140,6 +142,31 @@ def reference_command(runs: tyro.conf.Positional[tuple[Path, ...]]) -> None:
     print(write_reference(runs))
 
 
+def experiments_command(
+    names: tyro.conf.Positional[tuple[str, ...]] = (),
+    steps: int = experiments.STEPS,
+    out: Path = Path("out/experiments"),
+    show: bool = False,
+    json: bool = False,
+) -> None:
+    """Change one thing in preset tiny, and see whether what is said of it comes out: exit status 1 where it does not.
+    Trains what is not there yet, and goes on after a kill.
+
+    Args:
+        names: Which experiments; all of them by default.
+        steps: Of each training. What is said holds for the default.
+        out: Where the runs lie, a folder for each, with a report.html to look at.
+        show: Train nothing, and tell what is published with this program.
+        json: Print one JSON object.
+    """
+    asked = experiments.asked_for(names, steps)
+    made = experiments.published(asked) if show else run_experiments(asked, out, say=progress)
+    summary = experiments.summarize(made)
+    print(as_json(summary) if json else experiments.in_words(summary))
+    if not experiments.as_described(summary):
+        raise SystemExit(1)
+
+
 def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -153,6 +180,7 @@ def main() -> int:
         "score": score_command,
         "bench": BENCHES,
         "study": study_command,
+        "experiments": experiments_command,
         "report": report_command,
         "reference": reference_command,
     }
