@@ -87,7 +87,15 @@ def test_sample_py_writes_the_same_100_tokens_as_transformers(trained, exported,
     greedy = ("--prompt", PROMPT, "--temperature", 0, "--max-new-tokens", 100)
     (ours,) = printed(sample, monkeypatch, capsys, trained, *greedy)["samples"]
     assert len(ours["tokens"]) == 100
-    assert ours == {"text": tokenizer.decode(theirs), "tokens": theirs.tolist()}
+    assert (ours["text"], ours["tokens"]) == (tokenizer.decode(theirs), theirs.tolist())
+    prompt = inputs.input_ids.shape[1]
+    fitting = model.config.max_position_embeddings - prompt  # beyond, transformers goes on where positions end
+    with torch.no_grad():
+        logprobs = (
+            model(torch.cat([inputs.input_ids[0], theirs[:fitting]])[None]).logits[0, prompt - 1 : -1].log_softmax(-1)
+        )
+    wanted = logprobs.gather(-1, theirs[: len(logprobs), None])[:, 0]
+    torch.testing.assert_close(torch.tensor(ours["logprobs"][: len(wanted)]), wanted, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
