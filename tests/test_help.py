@@ -135,7 +135,7 @@ def test_what_is_given_is_built(arguments, built):
     [
         ("--stesp 3", "--stesp is not known: did you mean --steps?"),
         ("--model.n_routed_expert 4", "--model.n-routed-expert is not known: did you mean --model.n-routed-experts?"),
-        ("--no-plan", "--no-plan is not known: did you mean --no-plain?"),
+        ("--no-quit", "--no-quit is not known: did you mean --no-quiet?"),
         ("--qqqq", "--qqqq is not known: python train.py --help lists what is"),
         ("-x", "-x is not known"),
         ("--device cdua", "--device cdua is not known: did you mean cuda? There are auto, cpu, cuda, mps"),
@@ -150,7 +150,8 @@ def test_what_is_given_is_built(arguments, built):
         ("tiny", "'tiny' is one argument too many: python train.py --help says what may be given"),
     ],
 )
-def test_a_mistake_in_the_flags_is_one_line_with_what_was_meant(arguments, says, capsys):
+def test_a_mistake_in_the_flags_is_one_line_with_what_was_meant(arguments, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert train.main(arguments.split()) == 2
     output = capsys.readouterr()
     assert output.err.startswith(f"error: {says}")
