@@ -77,7 +77,7 @@ class MetricsLog:
         """A number that is not finite, which JSON has no name for, becomes null."""
         names = (name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value))
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps(record | dict.fromkeys(names)) + "\n")
         except OSError as error:
             raise MoeError(f"{self.path}: cannot be written: {error.strerror}") from None

@@ -113,8 +113,9 @@ def export(run: Path, to: Path) -> Path:
     """By the command, in a process of its own."""
     command = [sys.executable, "-m", "moe.hub", "export", str(run), str(to), "--dtype", "float32"]
     paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     found = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, check=False
+        command, capture_output=True, encoding="utf-8", errors="replace", env=environment, check=False
     )
     if found.returncode:
         said = found.stderr.strip().splitlines()

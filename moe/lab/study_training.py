@@ -110,7 +110,11 @@ def run_processes(commands: Sequence[list[str]]) -> list[tuple[int, str]]:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for command in commands:
-            processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | share))
+            processes.append(
+                subprocess.Popen(
+                    command, env=os.environ | share, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+                )
+            )
         complaints = [process.communicate()[1].strip() for process in processes]
         return [(process.returncode, said) for process, said in zip(processes, complaints, strict=True)]
     except BaseException:
