@@ -37,14 +37,14 @@ def test_a_choice_that_the_token_decides_is_told_by_it_and_by_nothing_else():
     assert atlas.explained(chosen, np.random.default_rng(1).integers(0, 8, 4000)) < 0.01
 
 
-@given(kinds=st.integers(2, 400), tokens=st.integers(50, 2000), seed=st.integers(0, 99))
+@given(kinds=st.integers(2, 400), tokens=st.integers(500, 3000), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_chance_is_taken_off_whatever_the_number_of_kinds(kinds, tokens, seed):
     random = np.random.default_rng(seed)
     chosen, known = random.integers(0, 8, (tokens, 2)), random.integers(0, kinds, tokens)
-    assert atlas.explained(chosen, known) < 0.06
-    found = atlas.information(chosen, np.unique(known, return_inverse=True)[1])
-    assert found > 0  # which is what is taken off
+    assert atlas.explained(chosen, known) < 0.1
+    naive = atlas.information(chosen, np.unique(known, return_inverse=True)[1])
+    assert naive > 0.4 * 7 * (kinds - 1) / (4 * tokens)  # by the number of cells: this is what is taken off
 
 
 def test_lift_is_how_much_more_often_a_token_comes_to_an_expert():
