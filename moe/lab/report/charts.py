@@ -34,79 +34,70 @@ def axis(field: str, title: str | None, kind: str = "quantitative", **more: Any)
 
 def loss_chart(config: RunConfig, history: History, reference: Reference | None) -> Chart:
     """Training and validation, over the band of the reference runs where there is one."""
-    evaluated = history.evaluated
-    ratio = 1.0
-    if len(evaluated) and evaluated.last["val_nats_per_character"]:
-        ratio = evaluated.last["val_bits_per_byte"] / evaluated.last["val_nats_per_character"]
-    train = history.thinned(["step", "tokens", "seconds", "nats_per_character"])
-    for row in train:
-        row["bits_per_byte"] = row["nats_per_character"] * ratio
-    whole = max((record["val_tokens"] for record in evaluated.records), default=0)
-    validation = [
-        {name: record[name] for name in ("step", "tokens", "seconds")}
-        | {name: record[f"val_{name}"] for name in Y}
-        | {"of": "validation, all of it" if record["val_tokens"] == whole else "validation, a part"}
-        for record in evaluated.records
-    ]
-    color = {"type": "nominal", "scale": {"domain": [], "range": []}, "legend": {"title": None, "orient": "bottom"}}
+    training, validation = training_rows(history), validation_rows(history)
     named = {"training": LINES[0], "validation, a part": LINES[1], "validation, all of it": LINES[2]}
+    named = {of: line for of, line in named.items() if of in {row["of"] for row in (*training, *validation)}}
     if reference is not None:
         named |= {"reference, validation": LINES[3], "reference, training": LINES[4]}
-    color["scale"] = {"domain": list(named), "range": list(named.values())}
-    x, y = axis("@x", "@xtitle"), axis("@y", "@ytitle", scale={"zero": False})
-    layers: list[dict[str, Any]] = []
+    color = {
+        "field": "of",
+        "type": "nominal",
+        "scale": {"domain": list(named), "range": list(named.values())},
+        "legend": {"title": None, "orient": "bottom"},
+    }
+    layers = []
     if reference is not None:
-        layers += [
-            band_layer(config, reference, "train_nats_per_character", "reference, training", ratio, color),
-            band_layer(config, reference, "val_nats_per_character", "reference, validation", ratio, color),
-        ]
-    layers.append(
-        {
-            "data": {"values": [row | {"of": "training"} for row in train]},
-            "mark": {"type": "line", "strokeWidth": 1.2, "tooltip": {"content": "data"}},
-            "encoding": {"x": x, "y": y, "color": {"field": "of", **color}},
-        }
-    )
-    layers.append(
-        {
-            "data": {"values": validation},
-            "mark": {"type": "line", "point": {"size": 45}, "tooltip": {"content": "data"}},
-            "encoding": {"x": x, "y": y, "color": {"field": "of", **color}},
-        }
-    )
+        for part in ("training", "validation"):
+            rows = band_rows(config, reference, part, bits_ratio(history))
+            layers.append(curve(rows, color, {"type": "area", "opacity": 0.3}, "low_@y", "high_@y"))
+    layers.append(curve(training, color, {"type": "line", "strokeWidth": 1.2}))
+    layers.append(curve(validation, color, {"type": "line", "point": {"size": 45}}))
     description = f"Training and validation loss of {config.preset} over {len(history)} steps"
     return {**chart(description, 320, layer=layers), "choices": {"x": X, "y": Y}}
 
 
-def band_layer(
-    config: RunConfig, reference: Reference, name: str, label: str, ratio: float, color: Mapping[str, Any]
+def curve(
+    rows: Sequence[Mapping[str, Any]], color: Mapping[str, Any], mark: Mapping[str, Any], y: str = "@y", y2: str = ""
 ) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = []
-    back = reference.stride / 2 if name.startswith("train") else 0  # to the middle of the steps that a mean is of
-    for end, row in reference.band(name).items():
-        step = end - back
-        shared: dict[str, Any] = {
-            "step": step,
-            "tokens": step * config.train.tokens_per_step,
-            "seconds": None,
-            "of": label,
-        }
-        ends = {
-            f"{part}_{unit}": row[part] * scale
-            for part in ("low", "high")
-            for unit, scale in zip(Y, (1, ratio), strict=True)
-        }
-        rows.append(shared | ends)
-    return {
-        "data": {"values": rows},
-        "mark": {"type": "area", "opacity": 0.3, "line": False},
-        "encoding": {
-            "x": axis("@x", "@xtitle"),
-            "y": axis("low_@y", "@ytitle", scale={"zero": False}),
-            "y2": {"field": "high_@y"},
-            "color": {"field": "of", **color},
-        },
-    }
+    """A layer of the chart of losses: a line, or an area between two."""
+    encoding = {"x": axis("@x", "@xtitle"), "y": axis(y, "@ytitle", scale={"zero": False}), "color": color}
+    encoding |= {"y2": {"field": y2}} if y2 else {}
+    return {"data": {"values": list(rows)}, "mark": {"tooltip": {"content": "data"}, **mark}, "encoding": encoding}
+
+
+def training_rows(history: History) -> list[dict[str, Any]]:
+    rows, ratio = history.thinned(["step", "tokens", "seconds", "nats_per_character"]), bits_ratio(history)
+    return [{**row, "bits_per_byte": row["nats_per_character"] * ratio, "of": "training"} for row in rows]
+
+
+def validation_rows(history: History) -> list[dict[str, Any]]:
+    records = history.evaluated.records
+    whole = max((record["val_tokens"] for record in records), default=0)
+    return [
+        {name: record[name] for name in ("step", "tokens", "seconds")}
+        | {name: record[f"val_{name}"] for name in Y}
+        | {"of": "validation, all of it" if record["val_tokens"] == whole else "validation, a part"}
+        for record in records
+    ]
+
+
+def bits_ratio(history: History) -> float:
+    """Bits per byte over nats per character of the run's text."""
+    last = history.evaluated.records[-1:]
+    return last[0]["val_bits_per_byte"] / max(last[0]["val_nats_per_character"], 1e-9) if last else 1 / np.log(2)
+
+
+def band_rows(config: RunConfig, reference: Reference, part: str, ratio: float) -> list[dict[str, Any]]:
+    """Of the reference's training or validation loss."""
+    name = {"training": "train_nats_per_character", "validation": "val_nats_per_character"}[part]
+    back = reference.stride / 2 if part == "training" else 0  # to the middle of the steps that a mean is of
+    return [
+        {"step": end - back, "tokens": (end - back) * config.train.tokens_per_step, "seconds": None}
+        | {f"{edge}_nats_per_character": row[edge] for edge in ("low", "high")}
+        | {f"{edge}_bits_per_byte": row[edge] * ratio for edge in ("low", "high")}
+        | {"of": f"reference, {part}"}
+        for end, row in reference.band(name).items()
+    ]
 
 
 def step_chart(history: History, name: str, title: str, description: str) -> Chart:

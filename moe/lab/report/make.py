@@ -103,7 +103,8 @@ def texts_of(run: Run, corpus: Corpus | None, given: Mapping[str, bytes]) -> lis
     texts.append(Text("a sample of this model", [*start, *written], made=len(written)))
     if corpus is not None:
         quoted = TokenStream(corpus, "val").read(0, QUOTED).tolist()
-        texts.append(Text("from the validation split", [*start, *quoted]))
+        begin = [] if quoted[: len(start)] == start else start
+        texts.append(Text("from the validation split", begin + quoted))
     return texts
 
 

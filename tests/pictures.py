@@ -1,0 +1,47 @@
+"""The pictures of a report that the README shows: python tests/pictures.py RUN (a folder that holds a report.html)."""
+
+import io
+import sys
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+from test_report_page import CHROMIUM
+
+OUT = Path(__file__).parent.parent / "moe" / "lab" / "report" / "pictures"
+COLOURS = 240  # of a picture: charts and letters have few
+
+
+def save(page: Page, name: str) -> None:
+    image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    image.quantize(COLOURS, dither=Image.Dither.NONE).save(OUT / f"{name}.png", optimize=True)
+    print(OUT / f"{name}.png")
+
+
+def show(page: Page, address: str, part: str) -> None:
+    page.goto(address)
+    page.wait_for_selector("body[data-ready=yes]")
+    page.locator(part).evaluate("element => element.scrollIntoView()")
+
+
+def main(run: Path) -> None:
+    address = (run / "report.html").resolve().as_uri()
+    OUT.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        light = browser.new_page(viewport={"width": 1060, "height": 960}, color_scheme="light")
+        show(light, address, "h1")
+        save(light, "light")
+        dark = browser.new_page(viewport={"width": 1060, "height": 860}, color_scheme="dark")
+        show(dark, address, "#text-by-expert")
+        dark.locator("#text").select_option("from the validation split")
+        dark.locator("#token-41").hover()
+        save(dark, "dark")
+        phone = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="light")
+        show(phone, address, "#balance")
+        save(phone, "phone")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
