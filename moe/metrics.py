@@ -1,4 +1,4 @@
-"""What training says of itself: one JSON line a step, a progress display, and wandb where asked for.
+"""What training keeps of itself, one JSON line a step, and the alarm when routing collapses.
 
 Notation: L MoE layers, E routed experts.
 """

@@ -26,7 +26,7 @@ from moe.presets import presets
 ROWS = 24  # of a reference and seed, at most
 WIDTH, LEAST = 3.0, 0.005  # of the band: standard deviations, and at least this part of the mean
 COLUMNS = ("train_nats_per_character", "val_nats_per_character", "val_bits_per_byte", "max_vio", "grad_norm")
-LENGTHS: dict[str, dict[str, Any]] = {"tiny": {}, "dense": {}, "debug": {}, "wiki": {"minutes": None, "steps": 2000}}
+LENGTHS: dict[str, dict[str, Any]] = {"tiny": {}, "dense": {}, "debug": {}, "wiki": {"minutes": None, "steps": 1000}}
 NO_MATTER = {"seed", "device", "dtype", "compile", "deterministic", "model.expert_backend", "data.source"}
 NO_MATTER |= {f"train.{name}_interval" for name in ("eval", "save", "log")}
 NO_MATTER |= {f"train.{name}" for name in ("keep_last", "keep_best", "micro_batch_size", "activation_checkpointing")}
