@@ -302,8 +302,12 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
     run = Run(model.eval(), corpus.tokenizer, config, folder.checkpoints()[-1])
     with average.applied():
         if session.report:
-            display.say(f"report   {(page := make_report(folder.path, run, corpus))}")
-            wandb.report(page)
+            try:
+                display.say(f"report   {(page := make_report(folder.path, run, corpus))}")
+                wandb.report(page)
+            except (MoeError, OSError, RuntimeError, MemoryError) as error:  # what was trained is there all the same
+                again = f"python -m moe.lab report {folder.path} tries again"
+                display.warn(f"notice: there is no report ({str(error).splitlines()[0]}); {again}")
         text = moe.generate_text(run, max_new_tokens=200, seed=config.seed)
     wandb.close()
     display.say(f"sample\n{text.strip()}\n")

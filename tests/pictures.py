@@ -14,7 +14,9 @@ COLOURS = 240  # of a picture: charts and letters have few
 
 def save(page: Page, name: str) -> None:
     image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    image.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(OUT / f"{name}.png", optimize=True)
+    image.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        OUT / f"{name}.png", optimize=True
+    )
     print(OUT / f"{name}.png")
 
 

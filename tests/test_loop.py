@@ -40,3 +40,15 @@ def test_each_step_is_made_at_the_rate_of_where_training_stood_before_it(debug_r
     config = moe.load(debug_run).config
     rates = [record["lr_share"] for record in read_metrics(debug_run / "metrics.jsonl")]
     assert rates == [lr_share(step / config.steps, config.optim) for step in range(config.steps)]
+
+
+@pytest.mark.parametrize("failure", [moe.MoeError("no room"), OSError("no room"), RuntimeError("no room\nat all")])
+def test_a_report_that_fails_costs_a_training_nothing(failure, text, monkeypatch, capsys):
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr(train, "make_report", fail)
+    assert run_training("--out", "run", "--data", text, *SETTINGS, "--steps", 2, "--report") == 0
+    told = capsys.readouterr()
+    assert "notice: there is no report (no room); python -m moe.lab report run tries again" in told.err
+    assert "sample" in told.out
