@@ -233,9 +233,10 @@ class Transformer(nn.Module):
     def moe_layers(self) -> list[MoE]:
         return [block.mlp for block in self.blocks() if isinstance(block.mlp, MoE)]
 
-    def moe_layer_numbers(self) -> list[int]:
-        """Their places among all layers, from 0."""
-        return [block.layer for block in self.blocks() if isinstance(block.mlp, MoE)]
+    def moe_layer_numbers(self, mtp: bool = True) -> list[int]:
+        """Their places among all layers, from 0; of multi-token prediction, behind the last, too."""
+        blocks = self.blocks() if mtp else self.blocks()[: self.config.num_hidden_layers]
+        return [block.layer for block in blocks if isinstance(block.mlp, MoE)]
 
     def update_expert_bias(self, load: Tensor) -> None:
         """Once per optimizer step, with the load of the whole global batch, (L, E)."""

@@ -428,12 +428,15 @@ def any_family(data: bytes, random: Random) -> bytes:
     return any_json(data, random)
 
 
+LAYERS = ["1", "2"]  # of the records here
+
+
 def read_curves(folder: Path) -> None:
     """What a report makes of metrics."""
     history, config = History.read(folder / "metrics.jsonl"), presets()["debug"]
     config = replace(config, model=config.sized_model)
     assert make.curves_part(config, history, "", drawn := make.curves(config, history))
-    assert make.balance_part(meaning(history, config.model, [1], []), make.balance(history, [1], []))
+    assert make.balance_part(meaning(history, config.model, LAYERS, []), make.balance(history, LAYERS, []))
     assert make.cost_part(config, history, {"runtime": {"device": "cpu", "threads": 1}}, None)
     assert make.key_figures(history) or not len(history)
     assert json.loads(as_json(drawn)) is not None

@@ -65,7 +65,7 @@ def test_every_chart_is_drawn(page):
         ".chart", "charts => charts.map(chart => [chart.id, chart.querySelectorAll('svg path, svg rect').length])"
     )
     names = {name.removeprefix("chart-") for name, marks in drawn if marks > 3}
-    expected = {"loss", "balance-loss", "rates", "norms", "load-1", "load-2", "max_vio", "entropy", "dead_experts"}
+    expected = {"loss", "balance-loss", "rates", "norms", "load-0", "load-1", "max_vio", "entropy", "dead_experts"}
     assert names == expected | {"bias", "specialisation", "similarity"}
     assert all(page.locator(f"#chart-{name} [aria-label]").count() for name in names)
 
@@ -129,6 +129,9 @@ def test_the_text_is_read_by_keyboard_and_by_screen_reader(page):
     label = page.locator("#token-2").get_attribute("aria-label")
     assert re.fullmatch(r".+, expert \d+, \d+, probability .+ %", label)
     assert page.locator("#detail").get_attribute("aria-live") == "polite"
+    page.locator("#keys button").first.focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.textContent").startswith("expert")
 
 
 def test_one_expert_s_tokens_can_be_singled_out(page):

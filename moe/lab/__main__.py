@@ -23,7 +23,8 @@ from moe.lab.bench_layer import LayerBench
 from moe.lab.bench_step import StepBench
 from moe.lab.experiment_runs import run_experiments
 from moe.lab.report.make import make_report, text_at_hand
-from moe.lab.report.reference import check_run, write_reference
+from moe.lab.report.reference import write_reference
+from moe.lab.report.verdict import check_run
 from moe.lab.score import Windows, score
 from moe.lab.study_plots import draw_study
 from moe.lab.study_runs import run_study
@@ -121,6 +122,10 @@ def report_command(
         rate: Dollars that an hour of the machine costs, for the price of the run.
         json: With --check, print one JSON object.
     """
+    if check and (text or rate is not None):
+        raise moe.MoeError("--check writes no page: leave out --text and --rate")
+    if json and not check:
+        raise moe.MoeError("--json goes with --check: a report is a page")
     if check:
         verdict = check_run(run)
         print(as_json(asdict(verdict)) if json else "\n".join((verdict.headline, *verdict.remarks)))
@@ -129,7 +134,8 @@ def report_command(
         raise moe.MoeError(f"--rate {rate} must be dollars an hour")
     opened = moe.load(run)
     folder = opened.checkpoint.parent.parent
-    given = {path.name: read_bytes(path) for path in text}
+    alike = len({path.name for path in text}) < len(text)
+    given = {str(path) if alike else path.name: read_bytes(path) for path in text}
     print(make_report(folder, opened, text_at_hand(opened, folder), given, rate))
 
 

@@ -21,7 +21,6 @@ import numpy as np
 from rich.console import Console
 
 from moe.config import MoeError
-from moe.experts import MoE
 from moe.lab.trace import Trace, trace
 from moe.model import Transformer
 from moe.tokenizer import Tokenizer
@@ -139,8 +138,7 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, int]]:
 
 def expert_layers(model: Transformer) -> list[int]:
     """The numbers of the layers that have experts. Raises MoeError where there are none."""
-    blocks = model.blocks()[: model.config.num_hidden_layers]
-    layers = [block.layer for block in blocks if isinstance(block.mlp, MoE)]
+    layers = model.moe_layer_numbers(mtp=False)
     if not layers:
         raise MoeError("this model has no experts: all of its layers are dense")
     return layers

@@ -54,17 +54,11 @@ def trace(model: Transformer, ids: Sequence[int], alternatives: int = 5, vocab_s
             prices.append(priced(model, hidden[0, first : len(following)], following[first:], count, vocab_size))
     nothing = (torch.full((1,), torch.nan), torch.zeros(1, count, dtype=torch.int64), torch.full((1, count), torch.nan))
     joined = [torch.cat(parts) for parts in zip(nothing, *prices, strict=True)]
-    layers = moe_layer_numbers(model)
+    layers = model.moe_layer_numbers(mtp=False)
     if not layers:
         none = torch.zeros(0, len(ids), model.config.num_experts_per_tok)
         return Trace(list(ids), layers, none.long(), none, none, *joined)
     return Trace(list(ids), layers, *(torch.cat(parts, dim=1) for parts in zip(*routings, strict=True)), *joined)
-
-
-def moe_layer_numbers(model: Transformer) -> list[int]:
-    """Those of the main model that have experts."""
-    blocks = model.blocks()[: model.config.num_hidden_layers]
-    return [block.layer for block in blocks if isinstance(block.mlp, MoE)]
 
 
 def reading_windows(total: int, length: int) -> Iterator[tuple[int, int]]:

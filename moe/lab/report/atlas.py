@@ -5,8 +5,9 @@ Notation: T tokens, L MoE layers, E routed experts, K experts per token, D model
 * **lift**: how many times more often a token is sent to an expert than tokens are on the whole; reckoned with PRIOR
   tokens more that are spread as all are, so that rare ones do not lead by chance.
 * **specialisation**: the mutual information I(expert; X) between a choice and what is known of its token, X its id, its
-  position in the window or the token before, as a share of the choice's entropy. Counts of a limited text find some
-  information where there is none: what is found with X shuffled is taken off.
+  position in the window or the token before, as a share of the most there can be: the choice's entropy less log K, as
+  K experts are chosen at a time. Counts of a limited text find some information where there is none: what is found with
+  X shuffled is taken off, above and below.
 * **similarity**: the mean cosine between the outputs of two experts for the same tokens.
 """
 
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 
 from moe.data import separate_windows
 from moe.experts import MoE, swiglu
+from moe.lab.report.charts import similarity_chart
 from moe.lab.report.words import context_of, piece_of
 from moe.lab.score import batch_size
-from moe.lab.trace import hooked, moe_layer_numbers, recorded_routing
+from moe.lab.trace import hooked, recorded_routing
 from moe.layers import evaluating
 from moe.machine.cost import count
 from moe.model import Transformer
@@ -34,7 +36,7 @@ PRIOR, SEEN = 10, 5  # tokens added to each count; how often a token must have c
 NAMED, EXAMPLES = 8, 3  # tokens of an expert, places in the text
 PLACES, SHUFFLES = 16, 4  # positions are told apart by sixteenths of the window
 PROBES = 128  # tokens for which outputs are compared
-EXPERTS = 1200  # described at most; of more, whole layers are left out
+EXPERTS = 600  # described at most; of more, whole layers are left out
 COMPARED = 64  # experts of a layer that can still be compared in a picture
 
 
@@ -66,7 +68,7 @@ def route(model: Transformer, ids: np.ndarray, window: int) -> Routed:
                 model.hidden_states(tokens.to(device))
             found.append([torch.stack(parts) for parts in map(list, zip(*routing, strict=True))][:2])
     chosen, gates = (torch.cat(parts, 1).numpy() for parts in zip(*found, strict=True))
-    return Routed(ids[:-1], np.arange(len(ids) - 1) % window, moe_layer_numbers(model), chosen, gates)
+    return Routed(ids[:-1], np.arange(len(ids) - 1) % window, model.moe_layer_numbers(mtp=False), chosen, gates)
 
 
 def atlas(model: Transformer, tokenizer: Tokenizer, routed: Routed) -> list[dict[str, Any]]:
@@ -77,13 +79,13 @@ def atlas(model: Transformer, tokenizer: Tokenizer, routed: Routed) -> list[dict
     alike = similarities(model, torch.from_numpy(routed.ids[:PROBES])) if experts <= COMPARED else {}
     pages = []
     for index in shown:
-        chosen, gates = routed.chosen[index], routed.gates[index]
+        chosen, gates, layer = routed.chosen[index], routed.gates[index], routed.layers[index]
         pages.append(
             {
-                "layer": routed.layers[index],
+                "layer": layer,
                 "experts": list(describe(tokenizer, routed.ids, chosen, gates, experts)),
                 "specialisation": specialisation(routed, index),
-                "similarity": alike[routed.layers[index]].round(3).tolist() if alike else None,
+                "chart": similarity_chart(layer, alike[layer]) if alike else None,
             }
         )
     return pages
@@ -132,15 +134,15 @@ def specialisation(routed: Routed, index: int) -> dict[str, float]:
 
 
 def explained(chosen: np.ndarray, known: np.ndarray) -> float:
-    """I(choice; known) over the choice's entropy, less what chance would find. (T, K), (T,) -> 0 to 1."""
+    """I(choice; known) over the most it could be, both less what chance would find. (T, K), (T,) -> 0 to 1."""
     if len(known) < 2:
         return 0.0
-    entropy = entropy_of(np.unique(chosen, return_counts=True)[1])
-    if entropy < 1e-9:
-        return 0.0
+    most = entropy_of(np.unique(chosen, return_counts=True)[1]) - np.log(chosen.shape[1])
     random, kinds = np.random.default_rng(0), np.unique(known, return_inverse=True)[1]
-    chance = np.mean([information(chosen, random.permutation(kinds)) for _ in range(SHUFFLES)])
-    return float(max(information(chosen, kinds) - float(chance), 0.0) / entropy)
+    chance = float(np.mean([information(chosen, random.permutation(kinds)) for _ in range(SHUFFLES)]))
+    if most - chance < 1e-3:  # all experts are chosen, or the text is too short to tell
+        return 0.0
+    return min(max(information(chosen, kinds) - chance, 0.0) / (most - chance), 1.0)
 
 
 def information(chosen: np.ndarray, kinds: np.ndarray) -> float:

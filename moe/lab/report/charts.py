@@ -24,6 +24,12 @@ X = {"step": "step", "tokens": "tokens", "seconds": "seconds of training"}
 Y = {"nats_per_character": "nats per character", "bits_per_byte": "bits per byte"}
 
 
+def packed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows of the same fields as page.js turns them back: the names once, and lists."""
+    names = list(rows[0]) if rows else []
+    return {"names": names, "rows": [[row[name] for name in names] for row in rows]}
+
+
 def chart(description: str, height: int, **spec: Any) -> Chart:
     return {"spec": {"width": "container", "height": height, "description": description, **spec}}
 
@@ -62,7 +68,7 @@ def curve(
     """A layer of the chart of losses: a line, or an area between two."""
     encoding = {"x": axis("@x", "@xtitle"), "y": axis(y, "@ytitle", scale={"zero": False}), "color": color}
     encoding |= {"y2": {"field": y2}} if y2 else {}
-    return {"data": {"values": list(rows)}, "mark": {"tooltip": {"content": "data"}, **mark}, "encoding": encoding}
+    return {"data": packed(rows), "mark": {"tooltip": {"content": "data"}, **mark}, "encoding": encoding}
 
 
 def training_rows(history: History) -> list[dict[str, Any]]:
@@ -104,7 +110,7 @@ def step_chart(history: History, name: str, title: str, description: str) -> Cha
     rows = [row for row in history.thinned(["step", name]) if not np.isnan(row[name])]
     encoding = {"x": axis("step", "step"), "y": axis(name, title, scale={"zero": False})}
     mark = {"type": "line", "strokeWidth": 1.2, "color": LINES[0], "tooltip": {"content": "data"}}
-    return chart(description, 160, data={"values": rows}, mark=mark, encoding=encoding)
+    return chart(description, 160, data=packed(rows), mark=mark, encoding=encoding)
 
 
 def rate_chart(config: RunConfig, history: History) -> Chart:
@@ -136,10 +142,10 @@ def lines_chart(
     scale = {"zero": False} if most is None else {"domain": [0, most]}
     encoding = {"x": axis("step", "step"), "y": axis(field, title, scale=scale), "color": color}
     mark = {"type": "line", "strokeWidth": 1.4, "point": len(rows) < 60, "tooltip": {"content": "data"}}
-    return chart(description, 160, data={"values": list(rows)}, mark=mark, encoding=encoding)
+    return chart(description, 160, data=packed(rows), mark=mark, encoding=encoding)
 
 
-def layer_chart(history: History, name: str, title: str, layers: Sequence[int]) -> Chart:
+def layer_chart(history: History, name: str, title: str, layers: Sequence[str]) -> Chart:
     """A curve for each layer; of many layers, for eight of them."""
     rows = layer_curves(history, name, layers)
     most = max((row["value"] for row in rows), default=0.0)
@@ -148,9 +154,9 @@ def layer_chart(history: History, name: str, title: str, layers: Sequence[int]) 
     return lines_chart(f"{title} of each layer", rows, "value", title, "layer", end)
 
 
-def some_of(rows: Sequence[dict[str, float]], name: str, most: int) -> list[dict[str, float]]:
+def some_of(rows: Sequence[dict[str, Any]], name: str, most: int) -> list[dict[str, Any]]:
     """The rows with some values of a field, spread evenly, where it has more than so many."""
-    values = sorted({row[name] for row in rows})
+    values = list(dict.fromkeys(row[name] for row in rows))  # as they come, from the first to the last
     kept = {values[place] for place in np.linspace(0, len(values) - 1, min(most, len(values))).round().astype(int)}
     return [row for row in rows if row[name] in kept]
 
@@ -176,13 +182,13 @@ def heat_map(load: LoadMap, last: bool) -> Chart:
             "legend": None,
         },
     }
-    mark = {"type": "rect", "tooltip": {"content": "data"}, "stroke": None}
+    mark = {"type": "rect", "tooltip": {"content": "data"}, "aria": False}  # too many to be read out one by one
     height = int(np.clip(11 * experts, 60, 260))
     description = f"Load of the {experts} experts of layer {load.layer} over time, in even shares"
-    return chart(description, height, data={"values": rows}, mark=mark, encoding=encoding)
+    return chart(description, height, data=packed(rows), mark=mark, encoding=encoding)
 
 
-def bias_chart(layers: Sequence[int], biases: Sequence[np.ndarray]) -> Chart:
+def bias_chart(layers: Sequence[str], biases: Sequence[np.ndarray]) -> Chart:
     rows = [
         {"layer": layer, "expert": expert, "bias": round(float(value), 5)}
         for layer, bias in zip(layers, biases, strict=True)
@@ -193,7 +199,7 @@ def bias_chart(layers: Sequence[int], biases: Sequence[np.ndarray]) -> Chart:
         "y": axis("bias", "bias of each expert"),
     }
     mark = {"type": "tick", "color": LINES[0], "thickness": 2, "tooltip": {"content": "data"}}
-    return chart("The experts' biases by layer", 160, data={"values": rows}, mark=mark, encoding=encoding)
+    return chart("The experts' biases by layer", 160, data=packed(rows), mark=mark, encoding=encoding)
 
 
 def specialisation_chart(pages: Sequence[Mapping[str, Any]]) -> Chart:
@@ -216,16 +222,17 @@ def specialisation_chart(pages: Sequence[Mapping[str, Any]]) -> Chart:
         },
     }
     mark = {"type": "bar", "tooltip": {"content": "data"}}
-    return chart("What the choice of an expert follows", 180, data={"values": rows}, mark=mark, encoding=encoding)
+    return chart("What the choice of an expert follows", 180, data=packed(rows), mark=mark, encoding=encoding)
 
 
-def similarity_chart(page: Mapping[str, Any]) -> Chart:
+def similarity_chart(layer: int, cosines: np.ndarray) -> Chart:
+    """cosines: (E, E)."""
     rows = [
-        {"expert": expert, "other": other, "cosine": value}
-        for expert, values in enumerate(page["similarity"])
+        {"expert": expert, "other": other, "cosine": round(float(value), 2)}
+        for expert, values in enumerate(cosines)
         for other, value in enumerate(values)
     ]
-    experts = len(page["similarity"])
+    experts = len(cosines)
     plain = {"domain": False, "ticks": False, "labelAngle": 0, "labelOverlap": True}
     encoding = {
         "x": axis("other", "expert", "ordinal", axis=plain),
@@ -237,6 +244,6 @@ def similarity_chart(page: Mapping[str, Any]) -> Chart:
             "legend": None,
         },
     }
-    mark = {"type": "rect", "tooltip": {"content": "data"}}
-    description = f"How alike the outputs of the experts of layer {page['layer']} are"
-    return chart(description, int(np.clip(16 * experts, 120, 320)), data={"values": rows}, mark=mark, encoding=encoding)
+    mark = {"type": "rect", "tooltip": {"content": "data"}, "aria": False}
+    description = f"How alike the outputs of the experts of layer {layer} are"
+    return chart(description, int(np.clip(16 * experts, 120, 320)), data=packed(rows), mark=mark, encoding=encoding)

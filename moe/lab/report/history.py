@@ -36,15 +36,24 @@ class History:
 
     def check(self) -> None:
         """Raises KeyError, TypeError or ValueError for what cannot be drawn."""
-        for name in ("nats_per_character", "grad_norm", "lr_share", "balance_loss", "max_vio", "dead_experts"):
+        for name in (
+            "nats_per_character",
+            "grad_norm",
+            "lr_share",
+            "balance_loss",
+            "max_vio",
+            "dead_experts",
+            "skipped",
+        ):
             self[name]
+        if np.isnan(self.loads).any():
+            raise ValueError("load_by_layer holds no loads")
         if not ((self["tokens"] > 0) & (self["seconds"] >= 0)).all():
             raise ValueError("tokens and seconds must be counted")
         for name in ("val_nats_per_character", "val_bits_per_byte", "val_tokens"):
             if np.isnan(self.evaluated[name]).any():
                 raise ValueError(f"{name} is missing")
-        for name in ("val_max_vio", "val_dead_experts"):
-            self.evaluated[name]
+        _ = self["dead_experts"], self.evaluated["val_max_vio"], self.evaluated["val_dead_experts"]
         for name in ("max_vio", "entropy", "dead_experts"):
             if self.by_layer(name).shape != self.loads.shape[:2]:
                 raise ValueError(f"{name}_by_layer is not of the layers that have loads")
@@ -92,7 +101,7 @@ class History:
 def column(records: Sequence[Record], name: str) -> np.ndarray:
     """A field of every record, float64. Raises TypeError or ValueError where that cannot be drawn."""
     values = [record.get(name) for record in records]
-    return bounded(np.array([np.nan if value is None else float(value) for value in values], dtype=float), name)
+    return bounded(np.array([np.nan if value is None else float(value) for value in values], dtype=float))
 
 
 def table(records: Sequence[Record], name: str, dimensions: int) -> np.ndarray:
@@ -102,13 +111,12 @@ def table(records: Sequence[Record], name: str, dimensions: int) -> np.ndarray:
     values = np.array([record[name] for record in records], dtype=float)
     if values.ndim != dimensions or not values.size:
         raise ValueError(f"{name} has the shape {values.shape[1:]}")
-    return bounded(values, name)
+    return bounded(values)
 
 
-def bounded(values: np.ndarray, name: str) -> np.ndarray:
-    if (np.abs(values) >= LARGEST).any():
-        raise ValueError(f"{name} is beyond measure")
-    return values
+def bounded(values: np.ndarray) -> np.ndarray:
+    """What is beyond measure is not drawn."""
+    return np.where(np.abs(values) < LARGEST, values, np.nan)
 
 
 def mean(values: np.ndarray) -> float:

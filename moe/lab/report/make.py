@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from moe.corpus.streams import at_hand
 from moe.data import TokenStream
 from moe.lab.report import charts
 from moe.lab.report.atlas import Routed, atlas, enough_tokens, in_words, route
-from moe.lab.report.balance import SHOWN, expert_biases, load_maps, meaning
+from moe.lab.report.balance import SHOWN, expert_biases, layer_names, load_maps, meaning
 from moe.lab.report.cost import Rate, cost_table, peak_of, usual_rate
 from moe.lab.report.history import History
 from moe.lab.report.page import (
@@ -31,15 +32,17 @@ from moe.lab.report.page import (
     words_of,
 )
 from moe.lab.report.reading import Text, read
-from moe.lab.report.reference import judge, reference_of
+from moe.lab.report.reference import reference_of
+from moe.lab.report.verdict import judge
 from moe.machine.cost import count, readable
 from moe.machine.files import write_whole
 from moe.metrics import clock
-from moe.sampling import prompt_tokens, sample
+from moe.sampling import SamplingError, prompt_tokens, sample
 from moe.tokenizer import NoTokenizer
 
 WRITTEN = 250  # tokens of the sample
 QUOTED = 300  # of the validation split
+SHOWN_BYTES, READ_BYTES = 1 << 16, 1 << 20  # of a text that is given: for its colours, for the atlas
 WINDOW = 1024  # the most positions at a time that the atlas reads
 
 
@@ -49,7 +52,7 @@ def make_report(
     """Write report.html beside a run's metrics.jsonl. corpus: its text, where it is at hand. given: further texts to
     colour, by name. rate: dollars that an hour of its machine costs. Raises MoeError."""
     history, setup = History.read(folder / "metrics.jsonl"), json.loads((folder / "config.json").read_text("utf-8"))
-    layers = run.model.moe_layer_numbers()
+    layers = layer_names(run.model)
     biases = expert_biases(run.model)
     texts = [read(run, text) for text in texts_of(run, corpus, given or {})]
     routed = text_for_atlas(run, corpus, given or {})
@@ -69,9 +72,6 @@ def make_report(
         "words": words_of(),
         "setup": escape(json.dumps(setup, indent=1)),
     }
-    for page in pages:
-        page["chart"] = charts.similarity_chart(page) if page["similarity"] else None
-        del page["similarity"]
     data = {"charts": drawn, "atlas": pages, "texts": texts, "experts": run.model.config.n_routed_experts}
     path = folder / "report.html"
     write_whole(path, assemble(data, **parts).encode("utf-8", "replace"))
@@ -97,10 +97,14 @@ def texts_of(run: Run, corpus: Corpus | None, given: Mapping[str, bytes]) -> lis
     """Those that were given, what the model writes, and the beginning of the validation split."""
     if isinstance(run.tokenizer, NoTokenizer):
         return []
-    texts = [Text(name, run.tokenizer.prompt(data)) for name, data in given.items()]
+    texts = [
+        Text(name, run.tokenizer.prompt(data[:SHOWN_BYTES]), cut=len(data) > SHOWN_BYTES)
+        for name, data in given.items()
+    ]
     start = prompt_tokens(run, "")[0].tolist()
-    written = [token for _, token in sample(run, "", SampleConfig(), WRITTEN, seed=run.config.seed)]
-    texts.append(Text("a sample of this model", [*start, *written], made=len(written)))
+    with suppress(SamplingError):  # of weights that are no longer finite
+        written = [token for _, token in sample(run, "", SampleConfig(), WRITTEN, seed=run.config.seed)]
+        texts.append(Text("a sample of this model", [*start, *written], made=len(written)))
     if corpus is not None:
         quoted = TokenStream(corpus, "val").read(0, QUOTED).tolist()
         begin = [] if quoted[: len(start)] == start else start
@@ -174,11 +178,11 @@ def curves_part(config: RunConfig, history: History, text: str, drawn: Mapping[s
     return f'{verdict}{figure("loss")}<div class="row">{row}</div>'
 
 
-def balance(history: History, layers: Sequence[int], biases: Sequence[np.ndarray]) -> dict[str, charts.Chart]:
+def balance(history: History, layers: Sequence[str], biases: Sequence[np.ndarray]) -> dict[str, charts.Chart]:
     drawn: dict[str, charts.Chart] = {}
     if len(history.detailed):
         maps = load_maps(history, layers)
-        drawn |= {f"load-{load.layer}": charts.heat_map(load, load is maps[-1]) for load in maps}
+        drawn |= {f"load-{place}": charts.heat_map(load, load is maps[-1]) for place, load in enumerate(maps)}
         for name, title in (("max_vio", "MaxVio"), ("entropy", "entropy"), ("dead_experts", "dead experts")):
             drawn[name] = charts.layer_chart(history, name, title, layers)
     if any(bias.any() for bias in biases):
@@ -211,7 +215,7 @@ def atlas_part(run: Run, pages: Sequence[Mapping[str, Any]], routed: Routed | No
     about = (
         f"From {len(routed.ids):,} tokens of {where}; with each token its lift, with each expert its share of the work."
     )
-    return atlas_of(in_words(pages), about, pages[0]["similarity"] is not None)
+    return atlas_of(in_words(pages), about, pages[0]["chart"] is not None)
 
 
 def cost_part(config: RunConfig, history: History, setup: Mapping[str, Any], dollars: float | None) -> str:
@@ -221,4 +225,4 @@ def cost_part(config: RunConfig, history: History, setup: Mapping[str, Any], dol
     rate = usual_rate(runtime["device"], runtime["threads"])
     if dollars is not None:
         rate = Rate(dollars, f"${dollars:g} an hour, as given")
-    return cost_of(cost_table(config, history.last, rate, peak_of(setup)))
+    return cost_of(cost_table(config, history, rate, peak_of(setup)))

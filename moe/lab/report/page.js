@@ -22,10 +22,20 @@ const filled = (spec, chosen) => !chosen.x ? structuredClone(spec) : JSON.parse(
   typeof value === "string" ? value.replace("@xtitle", chosen.xtitle).replace("@ytitle", chosen.ytitle)
     .replace("@x", chosen.x).replace("@y", chosen.y) : value);
 
+const unpacked = ({ names, rows }) =>
+  ({ values: rows.map((row) => Object.fromEntries(names.map((name, place) => [name, row[place]]))) });
+
 async function draw(place, chart, chosen = {}) {
   const spec = filled(chart.spec, chosen);
-  if (spec.layer && chosen.x) // a reference run has no seconds: they are those of another machine
+  for (const part of spec.layer ?? [spec]) part.data = unpacked(part.data);
+  if (chosen.x) { // a reference run has no seconds: they are those of another machine
     spec.layer = spec.layer.filter((layer) => layer.data.values.some((row) => row[chosen.x] !== null));
+    const drawn = new Set(spec.layer.flatMap((layer) => layer.data.values.map((row) => row.of)));
+    for (const { encoding: { color: { scale } } } of spec.layer) {
+      scale.range = scale.range.filter((_, place) => drawn.has(scale.domain[place]));
+      scale.domain = scale.domain.filter((name) => drawn.has(name));
+    }
+  }
   if (narrow() && chart.choices) spec.height = 240;
   const config = narrow() ? { ...look, legend: { ...look.legend, columns: 2 }, axis: { ...axes, tickCount: 5 } } : look;
   await window.vegaEmbed(place, spec, { mode: "vega-lite", renderer: "svg", actions: false, config });
@@ -111,7 +121,7 @@ if (box) {
   const label = (place) => {
     const parts = [visible(text.pieces[place])];
     if (text.layers.length) parts.push(`expert ${text.experts[layer][place].join(", ")}`);
-    if (text.chances[place] !== null) parts.push(`probability ${percent(text.chances[place])}`);
+    if (text.logprobs[place] !== null) parts.push(`probability ${percent(Math.exp(text.logprobs[place]))}`);
     return parts.join(", ");
   };
   const paint = () => {
@@ -124,14 +134,18 @@ if (box) {
       token.classList.toggle("lit", lit !== null && text.experts[layer][place].includes(lit));
     });
     box.classList.toggle("faded", lit !== null);
+    [...keys.children].forEach((key) => key.setAttribute("aria-pressed", String(lit === Number(key.dataset.expert))));
+    tell();
+  };
+  const turn = () => { // to another text or layer, whose experts get their keys
     const used = text.layers.length ? [...new Set(text.experts[layer].map((chosen) => chosen[0]))].sort((a, b) => a - b) : [];
     keys.replaceChildren(...used.map((expert) => {
-      const key = make("button", `expert ${expert}`, { type: "button", "aria-pressed": String(lit === expert) });
+      const key = make("button", `expert ${expert}`, { type: "button", "data-expert": expert });
       colour(key, expert, run.experts);
       key.addEventListener("click", () => { lit = lit === expert ? null : expert; paint(); });
       return key;
     }));
-    tell();
+    paint();
   };
   const table = (caption, head, rows) => {
     const made = make("table"), top = make("tr");
@@ -149,8 +163,8 @@ if (box) {
     if (selected < 0) return detail.replaceChildren(make("p", "Point at a token, or go to the text with Tab and use the arrow keys.", { class: "soft" }));
     const side = make("div", null, { class: "side" }), title = make("p");
     title.append("token ", make("span", visible(text.pieces[selected]), { class: "piece" }));
-    const chance = text.chances[selected];
-    title.append(chance === null ? "begins the text" : `had a probability of ${percent(chance)}: ${(-Math.log(Math.max(chance, 1e-5))).toFixed(2)} nats`);
+    const logprob = text.logprobs[selected];
+    title.append(logprob === null ? "begins the text" : `had a probability of ${percent(Math.exp(logprob))}: ${(-logprob).toFixed(2)} nats`);
     if (text.layers.length) {
       const rows = text.experts[layer][selected].map((expert, place) =>
         [expert, text.gates[layer][selected][place].toFixed(3), text.scores[layer][selected][place].toFixed(3)]);
@@ -168,6 +182,7 @@ if (box) {
     const token = box.children[place];
     token.setAttribute("aria-selected", "true");
     box.setAttribute("aria-activedescendant", token.id);
+    detail.setAttribute("aria-live", scroll ? "polite" : "off"); // a pointer passes over many tokens
     if (scroll) token.scrollIntoView({ block: "nearest" });
     tell();
   };
@@ -184,8 +199,8 @@ if (box) {
       return make("span", mark, { role: "option", id: `token-${place}`, class: written ? "token written" : "token", "aria-selected": "false" });
     }));
     box.removeAttribute("aria-activedescendant");
-    document.getElementById("cut").textContent = text.cut ? `The last ${text.cut} tokens of this text are left out.` : "";
-    paint();
+    document.getElementById("cut").textContent = text.cut ? "The rest of this text is left out." : "";
+    turn();
   };
   const place = (event) => [...box.children].indexOf(event.target.closest(".token"));
   box.addEventListener("pointerover", (event) => select(place(event)));
@@ -199,7 +214,7 @@ if (box) {
   });
   run.texts.forEach((entry, number) => texts.append(new Option(entry.name, number)));
   texts.addEventListener("change", show);
-  layers.addEventListener("change", () => { layer = layers.selectedIndex; paint(); });
+  layers.addEventListener("change", () => { layer = layers.selectedIndex; turn(); });
   show();
 }
 

@@ -15,7 +15,7 @@ from typing import Any
 import vl_convert
 
 from moe.lab.report.cost import Row
-from moe.lab.report.reference import Verdict
+from moe.lab.report.verdict import Verdict
 
 WORDS = {
     "nats per character": "The price of the text: how surprised the model was by each character, in natural units; "
@@ -30,8 +30,8 @@ WORDS = {
     "score, gate": "How well a token fits an expert, between 0 and 1; and the weight that its output is given, made "
     "from the scores of those chosen.",
     "lift": "How many times more often a token is sent to an expert than tokens are on the whole.",
-    "told by": "The mutual information of the chosen expert with what is named, over the choice's entropy: 100 % would "
-    "mean that it decides alone. What chance finds in a text of this length has been taken off.",
+    "told by": "The mutual information of the chosen expert with what is named, over the most it could be: 100 % means "
+    "that it decides alone. What chance finds in a text of this length has been taken off.",
 }
 LEGEND = (("0", "nothing"), ("2", "½ to ¾"), ("4", "an even share"), ("6", "1⅓ to 1¾"), ("8", "over 2½ times"))
 
@@ -73,11 +73,10 @@ def facts(figures: Mapping[str, str]) -> str:
     return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in figures.items())
 
 
-def figure(name: str, caption: str = "", label: str = "") -> str:
+def figure(name: str, label: str = "") -> str:
     """A place for the chart of this name."""
-    told = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     head = f"<h3>{escape(label)}</h3>" if label else ""
-    return f'<figure>{head}<div class="chart" id="chart-{name}"></div>{told}</figure>'
+    return f'<figure>{head}<div class="chart" id="chart-{name}"></div></figure>'
 
 
 def verdict_of(verdict: Verdict) -> str:
@@ -100,7 +99,7 @@ def atlas_of(sentence: str, about: str, alike: bool) -> str:
     return f"""{paragraph(sentence)}{figure("specialisation")}
 <label for="atlas-layer">layer</label> <select id="atlas-layer"></select>
 {paragraph(about, "soft")}
-<div id="experts" class="experts" aria-live="polite"></div>
+<div id="experts" class="experts"></div>
 <div id="similarity"{hidden}><h3>Who could stand in for whom</h3>
 {paragraph("The mean cosine between the outputs of two experts for the same tokens.", "soft")}
 {heat_legend(legend, "")}{figure("similarity")}</div>"""
@@ -114,7 +113,7 @@ is underlined. Point at a token, or use the arrow keys.</p>
 <div class="keys" id="keys" role="group" aria-label="Show the tokens of one expert"></div>
 <div class="reading" id="reading" role="listbox" tabindex="0" aria-label="The text, token by token"></div>
 <p class="soft" id="cut"></p>
-<div class="detail" id="detail" aria-live="polite"></div>"""
+<div class="detail" id="detail" aria-live="off"></div>"""
 
 
 def cost_of(rows: Sequence[Row]) -> str:

@@ -6,14 +6,13 @@ Notation: T tokens, L MoE layers, K experts per token.
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from moe.checkpoint import Run
 from moe.lab.report.words import piece_of, pieces_of
 from moe.lab.trace import trace
 
-NUMBERS = 60_000  # of experts, gates and scores that one text may take in the page
+NUMBERS = 40_000  # of experts, gates and scores that one text may take in the page
 LONGEST = 2000  # tokens of a text
 ALTERNATIVES = 5
 
@@ -23,6 +22,7 @@ class Text:
     name: str
     ids: list[int]  # the start of a text first, where it is one
     made: int = 0  # how many tokens at the end the model has written itself
+    cut: bool = False  # there is more of it
 
 
 def read(run: Run, text: Text) -> dict[str, Any]:
@@ -34,16 +34,19 @@ def read(run: Run, text: Text) -> dict[str, Any]:
     found = trace(model, ids, ALTERNATIVES, tokenizer.vocab_size)
     return {
         "name": text.name,
-        "cut": len(text.ids) - len(ids),
+        "cut": text.cut or len(text.ids) > len(ids),
         "made": max(text.made - (len(text.ids) - len(ids)), 0),
         "pieces": pieces_of(tokenizer, ids),
         "layers": found.layers,
         "experts": found.chosen.tolist(),  # (L, T, K)
         "gates": rounded(found.gates),
         "scores": rounded(found.scores),
-        "chances": [None, *np.exp(found.logprobs[1:].double().numpy()).round(4).tolist()],  # (T,)
+        "logprobs": [None, *found.logprobs[1:].double().numpy().round(4).tolist()],  # (T,)
         "alternatives": [
-            [[piece_of(tokenizer, token), round(chance, 4)] for token, chance in zip(tokens, chances, strict=True)]
+            [
+                [piece_of(tokenizer, token), float(f"{chance:.3g}")]
+                for token, chance in zip(tokens, chances, strict=True)
+            ]
             if place
             else []
             for place, (tokens, chances) in enumerate(

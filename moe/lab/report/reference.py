@@ -9,7 +9,7 @@ were made with.
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache, cached_property
 from importlib.resources import files
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from moe.checkpoint import RunFolder, folder_of, newest_run
+from moe.checkpoint import RunFolder
 from moe.config import MoeError, RunConfig
 from moe.lab.report.history import History, mean
 from moe.presets import presets
@@ -160,100 +160,3 @@ def write_reference(folders: Sequence[Path]) -> Path:
     about[preset] = {"text": text, "machine": machine, "torch": setup["versions"]["torch"]}
     path.with_name("about.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
     return path
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How a run compares. `fine` is None where there is nothing to compare it with."""
-
-    fine: bool | None
-    headline: str
-    remarks: Sequence[str] = ()
-
-
-def judge(config: RunConfig, history: History, reference: Reference | None, text: str) -> Verdict:
-    """Whether the run's curves are those of its preset, and what is off. text: the hash of what it was trained on."""
-    if not len(history):
-        return Verdict(None, "There is no curve: this run has not been trained here.")
-    if reference is None:
-        return Verdict(None, f"There are no reference curves of preset {config.preset}.", list(trouble(history)))
-    changed = differences(config, reference.config)
-    if changed := changed + ["another text"] * (text != reference.about["text"]):
-        what = f"{', '.join(changed[:4])}{' and others' if len(changed) > 4 else ''}"
-        headline = f"Not comparable with the reference runs of {reference.preset}, which differ: {what}."
-        return Verdict(None, headline, list(trouble(history)))
-    rows = rows_of(history, reference.stride)
-    compared = [step for step in reference.steps if step in rows]
-    if not compared:
-        return Verdict(None, f"Too early to say: the reference runs are compared every {reference.stride} steps.")
-    remarks = [*departures(rows, reference, compared), *trouble(history)]
-    place = "" if compared[-1] == reference.steps[-1] else f" so far (step {compared[-1]} of {reference.steps[-1]})"
-    seeds = f"the band of {number_word(len(reference.seeds))} reference runs of {reference.preset}{place}"
-    if not remarks:
-        return Verdict(True, f"Within {seeds}.")
-    better = all(remark.startswith("Better") for remark in remarks)
-    return Verdict(better, f"Better than {seeds}." if better else f"Outside {seeds}.", remarks)
-
-
-def check_run(path: Path | None) -> Verdict:
-    """Of a run's folder, or a checkpoint's; None: the newest run."""
-    folder, _ = folder_of(path or newest_run())
-    config, _, data = folder.read_setup()
-    return judge(config, History.read(folder.metrics), reference_of(config.preset), data.get("text", ""))
-
-
-def departures(rows: Mapping[int, Mapping[str, float]], reference: Reference, compared: Sequence[int]) -> Iterable[str]:
-    """A remark for each curve that leaves its band, at the end or for a while."""
-    labels = {
-        "train_nats_per_character": "training loss",
-        "val_nats_per_character": "validation loss",
-        "max_vio": "MaxVio",
-    }
-    for name, label in labels.items():
-        ours = {step: rows[step][name] for step in compared if not np.isnan(rows[step][name])}
-        band = {step: row for step, row in reference.band(name).items() if step in ours}
-        above = [step for step, row in band.items() if ours[step] > row["high"]]
-        below = [step for step, row in band.items() if ours[step] < row["low"]]
-        if len(above) > len(band) / 10:  # some rows of many lie outside by chance
-            step = above[-1]
-            yield (
-                f"The {label} is too high at {len(above)} of {len(band)} places, first at step {above[0]}; at step "
-                f"{step} it is {ours[step]:.3f}, and in the reference runs {band[step]['mean']:.3f}. "
-                f"{advice(name, above[0], compared)}"
-            )
-        elif len(below) > len(band) / 10 and name != "max_vio":
-            step = below[-1]
-            yield (
-                f"Better: the {label} is below the band at {len(below)} of {len(band)} places; at step {step} it is "
-                f"{ours[step]:.3f}, and in the reference runs {band[step]['mean']:.3f}."
-            )
-
-
-def advice(name: str, first: int, compared: Sequence[int]) -> str:
-    if name == "max_vio":
-        return "Routing is less even than it should be: look at the load of each expert below."
-    if first <= compared[0]:
-        return "It was so from the start: look at the text, the tokenizer and the versions of what is installed."
-    return "Look at what happened there: the gradient norm, the load of the experts, steps that were left out."
-
-
-def trouble(history: History) -> Iterable[str]:
-    """What is wrong with a run whatever its settings."""
-    losses = history["nats_per_character"]
-    if lost := int(np.isnan(losses).sum()):
-        yield f"{lost} steps were left out because they were not finite."
-    evaluated = history.evaluated
-    if len(evaluated) > 1:
-        same = evaluated["val_tokens"] == evaluated.last["val_tokens"]
-        prices, steps = evaluated["val_nats_per_character"][same], evaluated["step"][same]
-        if len(prices) > 1 and prices[-1] > 1.01 * prices.min():
-            yield (
-                f"Validation was best at step {int(steps[prices.argmin()])} and has become worse since, "
-                f"{prices.min():.3f} to {prices[-1]:.3f} nats per character: the text is being learnt by heart."
-            )
-    if history.last.get("val_dead_experts"):
-        yield f"{history.last['val_dead_experts']} experts got no token of the validation split."
-
-
-def number_word(number: int) -> str:
-    return dict(enumerate(("no", "one", "two", "three", "four", "five"))).get(number, str(number))
