@@ -2,6 +2,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moe
+from moe.checkpoint import Run
 from moe.config import ModelConfig, MoeError
 from moe.lab.__main__ import main
-from moe.lab.report import atlas, balance, charts, reference
+from moe.lab.report import atlas, balance, charts, make, reference
 from moe.lab.report import verdict as verdicts
 from moe.lab.report.cost import Rate, cost_table
 from moe.lab.report.history import History
-from moe.lab.report.make import make_report, text_at_hand
-from moe.lab.report.page import as_json
+from moe.lab.report.make import curves, make_report, text_at_hand
+from moe.lab.report.page import as_json, text_of, vega
+from moe.lab.report.reading import Text, read
 from moe.lab.report.reference import Reference
 from moe.lab.report.verdict import Verdict, judge
 from moe.lab.report.words import piece_of, pieces_of
@@ -369,6 +372,23 @@ def test_a_long_text_is_cut_and_says_by_how_much(debug_run, tmp_path):
     assert len(text["pieces"]) == 2000
     assert text["cut"] is True
     assert path.stat().st_size < 2_000_000
+
+
+def test_the_page_of_a_large_model_is_a_small_file_too():
+    model = build(num_hidden_layers=27, n_routed_experts=64, num_experts_per_tok=6, max_position_embeddings=64)
+    random = np.random.default_rng(0)
+    history = History([record(step, load=random.integers(0, 9, (26, 64))) for step in range(1, 400)])
+    ids = random.integers(0, 64, 5000)
+    run = Run(model, BYTES, replace(DEBUG, model=model.config), Path())
+    data = {
+        "charts": curves(run.config, history) | make.balance(history, balance.layer_names(model), []),
+        "atlas": atlas.atlas(model, BYTES, atlas.route(model, ids, 32)),
+        "texts": [read(run, Text(name, ids.tolist())) for name in ("sample", "validation", "given")],
+    }
+    assert len(data["atlas"]) == 6
+    assert sum(page["chart"] is not None for page in data["atlas"]) == 3
+    fixed = sum(len(text_of(f"page.{kind}")) for kind in ("html", "css", "js")) + len(vega())
+    assert len(as_json(data)) + fixed < 1_900_000
 
 
 def test_metrics_that_cannot_be_drawn_are_refused_in_one_line(tmp_path):

@@ -36,8 +36,8 @@ PRIOR, SEEN = 10, 5  # tokens added to each count; how often a token must have c
 NAMED, EXAMPLES = 8, 3  # tokens of an expert, places in the text
 PLACES, SHUFFLES = 16, 4  # positions are told apart by sixteenths of the window
 PROBES = 128  # tokens for which outputs are compared
-EXPERTS = 600  # described at most; of more, whole layers are left out
-COMPARED = 64  # experts of a layer that can still be compared in a picture
+EXPERTS = 400  # described at most; of more, whole layers are left out
+COMPARED = 16_384  # pairs of experts of all layers that are compared in a picture
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def atlas(model: Transformer, tokenizer: Tokenizer, routed: Routed) -> list[dict
     experts = model.config.n_routed_experts
     number = max(min(len(routed.layers), EXPERTS // experts), 1)
     shown = np.unique(np.linspace(0, len(routed.layers) - 1, number).round().astype(int))
-    alike = similarities(model, torch.from_numpy(routed.ids[:PROBES])) if experts <= COMPARED else {}
+    alike = similarities(model, torch.from_numpy(routed.ids[:PROBES])) if experts**2 <= COMPARED else {}
+    compared = set(shown[:: max(-(-len(shown) * experts**2 // COMPARED), 1)])
     pages = []
     for index in shown:
         chosen, gates, layer = routed.chosen[index], routed.gates[index], routed.layers[index]
@@ -85,7 +86,7 @@ def atlas(model: Transformer, tokenizer: Tokenizer, routed: Routed) -> list[dict
                 "layer": layer,
                 "experts": list(describe(tokenizer, routed.ids, chosen, gates, experts)),
                 "specialisation": specialisation(routed, index),
-                "chart": similarity_chart(layer, alike[layer]) if alike else None,
+                "chart": similarity_chart(layer, alike[layer]) if alike and index in compared else None,
             }
         )
     return pages

@@ -14,7 +14,7 @@ from moe.lab.report.history import History, mean
 from moe.lab.report.verdict import counted
 from moe.model import Transformer
 
-CELLS = 16_000  # of all heat maps together
+CELLS = 10_000  # of all heat maps together
 SHOWN = 8  # layers that get a heat map
 EVENNESS = ((0.25, "evenly"), (0.5, "fairly evenly"), (1.0, "unevenly"), (np.inf, "very unevenly"))  # MaxVio below
 SETTLED = 0.5  # a MaxVio from which on the work counts as shared evenly enough

@@ -12,7 +12,7 @@ from moe.checkpoint import Run
 from moe.lab.report.words import piece_of, pieces_of
 from moe.lab.trace import trace
 
-NUMBERS = 40_000  # of experts, gates and scores that one text may take in the page
+NUMBERS = 20_000  # of experts, gates and scores that one text may take in the page
 LONGEST = 2000  # tokens of a text
 ALTERNATIVES = 5
 
