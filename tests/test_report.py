@@ -282,7 +282,7 @@ def test_a_reference_comes_back_from_its_file(three):
     assert rows[2]["val_nats_per_character"] != ""
 
 
-@pytest.mark.parametrize("preset", ["tiny", "dense", "debug"])
+@pytest.mark.parametrize("preset", ["tiny", "dense", "debug", "wiki"])
 def test_a_laptop_s_preset_has_a_reference_of_three_seeds(preset):
     found = reference.reference_of(preset)
     assert len(found.seeds) == 3
