@@ -1,12 +1,12 @@
 """The pictures of a report that the README shows: python tests/pictures.py RUN (a folder that holds a report.html)."""
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
-from test_report_page import CHROMIUM
 
 OUT = Path(__file__).parent.parent / "moe" / "lab" / "report" / "pictures"
 COLOURS = 240  # of a picture: charts and letters have few
@@ -29,12 +29,13 @@ def show(page: Page, address: str, part: str) -> None:
 def main(run: Path) -> None:
     address = (run / "report.html").resolve().as_uri()
     OUT.mkdir(exist_ok=True)
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         light = browser.new_page(viewport={"width": 1060, "height": 960}, color_scheme="light")
         show(light, address, "h1")
         save(light, "light")
-        dark = browser.new_page(viewport={"width": 1060, "height": 860}, color_scheme="dark")
+        dark = browser.new_page(viewport={"width": 1060, "height": 890}, color_scheme="dark")
         show(dark, address, "#text-by-expert")
         dark.locator("#text").select_option("from the validation split")
         dark.locator("#token-41").hover()
