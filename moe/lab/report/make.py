@@ -121,9 +121,8 @@ def text_for_atlas(run: Run, corpus: Corpus | None, given: Mapping[str, bytes]) 
     if corpus is not None:
         ids = TokenStream(corpus, "val").read(0, most)
     else:
-        ids = np.array(
-            [token for data in given.values() for token in run.tokenizer.prompt(data)][:most], dtype=np.int64
-        )
+        tokens = [token for data in given.values() for token in run.tokenizer.prompt(data[:READ_BYTES])]
+        ids = np.array(tokens[:most], dtype=np.int64)
     return route(run.model, ids, window) if len(ids) > 1 else None
 
 
