@@ -344,6 +344,7 @@ def test_metrics_are_numbers(folders, change):
     [
         {"nats_per_character": [1.0]},
         {"seconds": 1e20},
+        {"step": 10**18},
         {"tokens": None},
         {"dead_experts_by_layer": [0, [1]]},
         {"val_tokens": []},

@@ -55,6 +55,12 @@ def test_a_choice_that_half_of_the_tokens_decide_is_told_by_half():
     assert atlas.explained(chosen, ids) == pytest.approx(1 - left / np.log(8), abs=0.01)
 
 
+def test_a_text_that_is_too_short_tells_nothing_instead_of_something():
+    ids = np.arange(300)
+    assert np.isnan(atlas.explained(ids[:, None] % 8, ids))
+    assert "too short to tell" in atlas.in_words([{"specialisation": {}}])
+
+
 def test_where_every_expert_is_chosen_nothing_is_told():
     ids = np.random.default_rng(0).integers(0, 8, 4000)
     assert atlas.explained(np.tile(np.arange(4), (4000, 1)), ids) == 0
@@ -65,7 +71,8 @@ def test_where_every_expert_is_chosen_nothing_is_told():
 def test_chance_is_taken_off_whatever_the_number_of_kinds(kinds, tokens, seed):
     random = np.random.default_rng(seed)
     chosen, known = random.integers(0, 8, (tokens, 2)), random.integers(0, kinds, tokens)
-    assert atlas.explained(chosen, known) < 0.1
+    share = atlas.explained(chosen, known)
+    assert np.isnan(share) or share < 0.15
     naive = atlas.information(chosen, np.unique(known, return_inverse=True)[1])
     assert naive > 0.4 * 7 * (kinds - 1) / (4 * tokens)  # by the number of cells: this is what is taken off
 

@@ -35,6 +35,7 @@ OPERATIONS, FEWEST, MOST = 1e12, 2048, 32_768  # of the model on the text; token
 PRIOR, SEEN = 10, 5  # tokens added to each count; how often a token must have come to be named
 NAMED, EXAMPLES = 8, 3  # tokens of an expert, places in the text
 PLACES, SHUFFLES = 16, 4  # positions are told apart by sixteenths of the window
+TELLING = 0.75  # of the information there can be: where chance finds more, nothing can be told
 PROBES = 128  # tokens for which outputs are compared
 EXPERTS = 400  # described at most; of more, whole layers are left out
 COMPARED = 16_384  # pairs of experts of all layers that are compared in a picture
@@ -131,18 +132,22 @@ def specialisation(routed: Routed, index: int) -> dict[str, float]:
     follows = routed.positions > 0
     before = np.roll(routed.ids, 1)[follows]
     found = {"token": (chosen, routed.ids), "position": (chosen, places), "token before": (chosen[follows], before)}
-    return {name: round(explained(*pair), 4) for name, pair in found.items()}
+    shares = {name: explained(*pair) for name, pair in found.items()}
+    return {name: round(share, 4) for name, share in shares.items() if not np.isnan(share)}
 
 
 def explained(chosen: np.ndarray, known: np.ndarray) -> float:
-    """I(choice; known) over the most it could be, both less what chance would find. (T, K), (T,) -> 0 to 1."""
+    """I(choice; known) over the most it could be, both less what chance would find. (T, K), (T,) -> 0 to 1; nan where
+    the text is too short to tell."""
     if len(known) < 2:
-        return 0.0
+        return float("nan")
     most = entropy_of(np.unique(chosen, return_counts=True)[1]) - np.log(chosen.shape[1])
     random, kinds = np.random.default_rng(0), np.unique(known, return_inverse=True)[1]
     chance = float(np.mean([information(chosen, random.permutation(kinds)) for _ in range(SHUFFLES)]))
-    if most - chance < 1e-3:  # all experts are chosen, or the text is too short to tell
+    if most < 1e-3:  # all experts are chosen
         return 0.0
+    if chance > TELLING * most:
+        return float("nan")
     return min(max(information(chosen, kinds) - chance, 0.0) / (most - chance), 1.0)
 
 
@@ -186,13 +191,19 @@ def cosines(layer: nn.Module, x: Tensor) -> np.ndarray:
     return (torch.einsum("end,fnd->ef", stacked, stacked) / len(x)).cpu().numpy()
 
 
+def told_by(pages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the choice of an expert is told by, where that can be said."""
+    return list(dict.fromkeys(name for page in pages for name in page["specialisation"]))
+
+
 def in_words(pages: Sequence[Mapping[str, Any]]) -> str:
     """What the choice of an expert follows, over all layers."""
     if not pages:
         return ""
-    means = {
-        name: float(np.mean([page["specialisation"][name] for page in pages])) for name in pages[0]["specialisation"]
-    }
+    known = [page["specialisation"] for page in pages]
+    means = {name: float(np.mean([shares[name] for shares in known if name in shares])) for name in told_by(pages)}
+    if not means:
+        return "The text is too short to tell what the choice of an expert follows."
     shares = ", ".join(f"{100 * share:.0f} % by the {name}" for name, share in means.items())
     strongest = max(means, key=lambda name: means[name])
     if means[strongest] < 0.02:

@@ -202,8 +202,8 @@ def bias_chart(layers: Sequence[str], biases: Sequence[np.ndarray]) -> Chart:
     return chart("The experts' biases by layer", 160, data=packed(rows), mark=mark, encoding=encoding)
 
 
-def specialisation_chart(pages: Sequence[Mapping[str, Any]]) -> Chart:
-    names = list(pages[0]["specialisation"]) if pages else []
+def specialisation_chart(pages: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Chart:
+    """names: what the choice is told by."""
     rows = [
         {"layer": page["layer"], "told by": name, "share": share}
         for page in pages

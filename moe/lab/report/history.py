@@ -48,8 +48,8 @@ class History:
             self[name]
         if np.isnan(self.loads).any():
             raise ValueError("load_by_layer holds no loads")
-        if not ((self["tokens"] > 0) & (self["seconds"] >= 0)).all():
-            raise ValueError("tokens and seconds must be counted")
+        if not ((self["step"] >= 0) & (self["tokens"] > 0) & (self["seconds"] >= 0)).all():
+            raise ValueError("steps, tokens and seconds must be counted")
         for name in ("val_nats_per_character", "val_bits_per_byte", "val_tokens"):
             if np.isnan(self.evaluated[name]).any():
                 raise ValueError(f"{name} is missing")

@@ -15,7 +15,7 @@ from moe.corpus import Corpus, prepare
 from moe.corpus.streams import at_hand
 from moe.data import TokenStream
 from moe.lab.report import charts
-from moe.lab.report.atlas import Routed, atlas, enough_tokens, in_words, route
+from moe.lab.report.atlas import Routed, atlas, enough_tokens, in_words, route, told_by
 from moe.lab.report.balance import SHOWN, expert_biases, layer_names, load_maps, meaning
 from moe.lab.report.cost import Rate, cost_table, peak_of, usual_rate
 from moe.lab.report.history import History
@@ -58,8 +58,8 @@ def make_report(
     routed = text_for_atlas(run, corpus, given or {})
     pages = atlas(run.model, run.tokenizer, routed) if routed is not None else []
     drawn = curves(run.config, history) | balance(history, layers, biases)
-    if pages:
-        drawn["specialisation"] = charts.specialisation_chart(pages)
+    if names := told_by(pages):
+        drawn["specialisation"] = charts.specialisation_chart(pages, names)
     parts = {
         "title": escape(folder.resolve().name),
         "subtitle": escape(subtitle(run, history, setup)),
@@ -150,9 +150,8 @@ def key_figures(history: History) -> dict[str, str]:
         found = evaluated[-1]
         shown["validation, nats per character"] = f"{found['val_nats_per_character']:.4f}"
         shown["bits per byte"] = f"{found['val_bits_per_byte']:.4f}"
-        if found.get("val_max_vio") is not None:
-            shown["MaxVio on validation"] = f"{found['val_max_vio']:.2f}"
-            shown["dead experts"] = f"{found['val_dead_experts']}"
+        if None not in (violation := found.get("val_max_vio"), dead := found.get("val_dead_experts")):
+            shown |= {"MaxVio on validation": f"{violation:.2f}", "dead experts": f"{dead}"}
     return shown | {"training time": clock(last["seconds"]), "steps": f"{last['step']:,}"}
 
 
@@ -214,7 +213,7 @@ def atlas_part(run: Run, pages: Sequence[Mapping[str, Any]], routed: Routed | No
     about = (
         f"From {len(routed.ids):,} tokens of {where}; with each token its lift, with each expert its share of the work."
     )
-    return atlas_of(in_words(pages), about, pages[0]["chart"] is not None)
+    return atlas_of(in_words(pages), bool(told_by(pages)), about, pages[0]["chart"] is not None)
 
 
 def cost_part(config: RunConfig, history: History, setup: Mapping[str, Any], dollars: float | None) -> str:

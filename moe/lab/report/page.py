@@ -93,10 +93,11 @@ def heat_legend(words: Sequence[tuple[str, str]] = LEGEND, title: str = "an expe
     return f'<p class="legend">{escape(title)} {swatches}</p>'
 
 
-def atlas_of(sentence: str, about: str, alike: bool) -> str:
+def atlas_of(sentence: str, told: bool, about: str, alike: bool) -> str:
+    """told: whether there is a chart of what the choice follows; alike: one of how alike experts are."""
     legend = (("1", "opposed"), ("4", "unrelated"), ("6", "alike"), ("8", "the same"))
     hidden = "" if alike else " hidden"
-    return f"""{paragraph(sentence)}{figure("specialisation")}
+    return f"""{paragraph(sentence)}{figure("specialisation") if told else ""}
 <label for="atlas-layer">layer</label> <select id="atlas-layer"></select>
 {paragraph(about, "soft")}
 <div id="experts" class="experts"></div>
