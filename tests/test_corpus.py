@@ -385,7 +385,7 @@ def test_two_processes_that_prepare_the_same_text_make_it_once(tmp_path):
     code = "from moe.corpus.build import *; print(prepare(DataConfig('a.txt', vocab_size=2000)).folder)"
     command = [sys.executable, "-c", code]
     both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, env=environment()) for _ in range(2)]
-    folders = {process.communicate(timeout=60)[0] for process in both}
+    folders = {process.communicate(timeout=240)[0] for process in both}
     assert [process.returncode for process in both] == [0, 0]
     assert len(folders) == 1
     assert len(list((tmp_path / "out" / "data").iterdir())) == 1
@@ -412,7 +412,7 @@ def test_a_killed_command_goes_on_where_it_was(tmp_path, kill):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(kill)
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=240)[1]
     assert errors == (
         b"" if kill == signal.SIGKILL else b"stopped: the same command goes on from the last whole shard\n"
     )

@@ -14,6 +14,7 @@ from moe.lab.report.make import make_report
 
 EVIL = b"<script>alert(1)</script><img src=x onerror=alert(2)>&amp; \"q\" 'p' </script><!-- \xff\x00 \xf0\x9f\x98\x80\n"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PATIENCE = 120_000  # ms: a machine may be busy
 NAME = '<b onclick="x">run & co'
 
 
@@ -45,6 +46,7 @@ def browser():
 def page(browser, report):
     """The page, drawn; whatever it complained of or asked the network for fails the test."""
     context = browser.new_context(viewport={"width": 1200, "height": 900})
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
@@ -54,7 +56,7 @@ def page(browser, report):
         "request", lambda request: said.append(request.url) if not request.url.startswith(("file:", "data:")) else 0
     )
     page.goto(report.as_uri())
-    page.wait_for_selector("body[data-ready=yes]", timeout=30_000)
+    page.wait_for_selector("body[data-ready=yes]")
     yield page
     context.close()
     assert said == []
@@ -153,9 +155,10 @@ def test_the_atlas_turns_to_the_layer_that_is_picked(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_a_phone_and_follows_its_colours(browser, report, scheme):
     context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     page.goto(report.as_uri())
-    page.wait_for_selector("body[data-ready=yes]", timeout=30_000)
+    page.wait_for_selector("body[data-ready=yes]")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     paper, ink = page.evaluate("['backgroundColor', 'color'].map(name => getComputedStyle(document.body)[name])")
     brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (paper, ink)]

@@ -20,7 +20,7 @@ WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 def run(*arguments, cwd, stdin: bytes = b"") -> subprocess.CompletedProcess:
     command = [sys.executable, *(str(ROOT / part) if str(part).endswith(".py") else str(part) for part in arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, timeout=120, env=environment, check=False)
+    return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, timeout=300, env=environment, check=False)
 
 
 def said(result: subprocess.CompletedProcess, code: int = 0) -> str:
@@ -157,7 +157,7 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_goes_on(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=240)
     assert (process.returncode, errors) == (0, b"")
     assert b"--out run --resume auto" in output
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]

@@ -185,7 +185,7 @@ def test_the_real_package_takes_it_all_offline_and_says_nothing(tmp_path):
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "WANDB_CONFIG_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     first, second = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert first.name.split("-")[-1] == second.name.split("-")[-1]
