@@ -66,7 +66,7 @@ def test_where_every_expert_is_chosen_nothing_is_told():
     assert atlas.explained(np.tile(np.arange(4), (4000, 1)), ids) == 0
 
 
-@given(kinds=st.integers(2, 400), tokens=st.integers(500, 3000), seed=st.integers(0, 99))
+@given(kinds=st.integers(50, 400), tokens=st.integers(500, 3000), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_chance_is_taken_off_whatever_the_number_of_kinds(kinds, tokens, seed):
     random = np.random.default_rng(seed)
