@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 import train
@@ -13,6 +14,8 @@ from moe.machine.device import Runtime
 from moe.model import Transformer
 
 torch.set_num_threads(max(torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), 1))
+settings.register_profile("unhurried", deadline=None)  # machines are busy at times
+settings.load_profile("unhurried")
 TEXT = Path(__file__).parent.parent / "data" / "tinyshakespeare" / "input.txt"
 CPU = Runtime("cpu", "float32", False, "auto", 8, 1)
 SMALL = ModelConfig(
