@@ -51,7 +51,7 @@ class Wandb:
             mode=mode,  # type: ignore[arg-type]
             config=dict(config),
             id=known,
-            resume="allow" if known else None,
+            resume="allow" if known and mode == "online" else None,  # offline the id is enough
             # It would keep every frame of the display; what there is to say offline we say ourselves
             settings=wandb.Settings(console="off", silent=quiet or mode == "offline"),
         )
