@@ -305,9 +305,10 @@ def train(session: Session, config: RunConfig, folder: RunFolder, display: Displ
             try:
                 display.say(f"report   {(page := make_report(folder.path, run, corpus))}")
                 wandb.report(page)
-            except (MoeError, OSError, RuntimeError, MemoryError) as error:  # what was trained is there all the same
+            except Exception as error:  # whatever it is, what was trained is there all the same
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 again = f"python -m moe.lab report {folder.path} tries again"
-                display.warn(f"notice: there is no report ({str(error).splitlines()[0]}); {again}")
+                display.warn(f"notice: there is no report ({reason}); {again}")
         text = moe.generate_text(run, max_new_tokens=200, seed=config.seed)
     wandb.close()
     display.say(f"sample\n{text.strip()}\n")
